@@ -1,0 +1,1 @@
+"""Operations with a plain-PyTorch reference and, where it pays, a Triton form."""

@@ -1,0 +1,1 @@
+"""Single-device networks whose parameter names are those of diffusers."""

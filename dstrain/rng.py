@@ -1,0 +1,109 @@
+"""Counter-based randomness: every random number is a pure function of (seed, purpose, draw, element).
+
+There is no stream and no state, so world size, workers, packing and resume cannot change a number, and a kernel can
+make the noise again instead of keeping it. The generator is Philox 4x32-10 (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011). Words are identical on every device; `kernels/flow_match.py` makes the same normals.
+"""
+
+import math
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+TWO_PI = 6.2831854820251465  # 2 pi rounded to fp32
+SHUFFLE_CHUNK = 1 << 20  # counters at a time: the temporaries stay small however long the permutation is
+
+
+class Purpose(IntEnum):
+    """What a number is for: two purposes never share a counter, so they are independent."""
+
+    NOISE = 0
+    TIMESTEP = 1
+    CAPTION_DROPOUT = 2
+    ORDER = 3
+    INIT = 4
+
+
+def _rounds(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
+    # A product of two 32-bit words fills 64 bits; int64 wraps modulo 2^64, so its bits are those of uint64. Lanes may be
+    # ints or arrays of any shapes that broadcast: lanes that are the same for many numbers stay small while they can.
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, ((p0 >> 32) & MASK32) ^ c3 ^ k1
+        c1, c3 = p1 & MASK32, p0 & MASK32
+        k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
+    return c0, c1, c2, c3
+
+
+def _key(seed: int) -> tuple[int, int]:
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    return seed & MASK32, seed >> 32
+
+
+def _counter(purpose: Purpose, draws: Tensor, groups: Any) -> tuple[Any, int, Tensor, Tensor]:
+    return groups, int(purpose), draws & MASK32, (draws >> 32) & MASK32
+
+
+def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Return the four output words of Philox 4x32-10 for each counter.
+
+    `counter` holds four int64 tensors of uint32 values that broadcast; the result has four int64 tensors of uint32
+    values, the same on every device.
+    """
+    return _rounds(key, counter)
+
+
+def words_to_uniform(words: Tensor) -> Tensor:
+    """Map uint32 words (int64 tensor) to fp32 in (0, 1): the top 23 bits, centred in their interval, without rounding."""
+    return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def uniform(seed: int, purpose: Purpose, draws: Tensor) -> Tensor:
+    """Return one fp32 uniform number in (0, 1) for each int64 draw number; shape and device as `draws`."""
+    return words_to_uniform(_rounds(_key(seed), _counter(purpose, draws, 0))[0])
+
+
+def _box_muller(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tensor]:
+    # The angle is rounded to fp32 once, as in the kernel; the rest is fp64, rounded at the end, so that a normal does not
+    # depend on whether the CPU took its vector or its scalar path for that element.
+    radius = torch.sqrt(-2.0 * torch.log(words_to_uniform(radius_words).double()))
+    angle = (words_to_uniform(angle_words) * TWO_PI).double()
+    return (radius * torch.cos(angle)).float(), (radius * torch.sin(angle)).float()
+
+
+def normal4(seed: int, purpose: Purpose, draws: Tensor, groups: Tensor) -> Tensor:
+    """Return the normals of whole counters: fp32 [..., 4], normal `4 * group + lane` of each draw at [..., lane].
+
+    `draws` and `groups` are int64 and broadcast. A quarter of the work of `normal` where elements come in fours.
+    """
+    w0, w1, w2, w3 = _rounds(_key(seed), _counter(purpose, draws, groups))
+    return torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1)
+
+
+def normal(seed: int, purpose: Purpose, draws: Tensor, elements: Tensor) -> Tensor:
+    """Return fp32 standard normals, number `element` of each draw; `draws` and `elements` are int64 and broadcast."""
+    w0, w1, w2, w3 = _rounds(_key(seed), _counter(purpose, draws, elements // 4))
+    second_pair, sine = elements % 4 >= 2, elements % 2 == 1
+    cosines, sines = _box_muller(torch.where(second_pair, w2, w0), torch.where(second_pair, w3, w1))
+    return torch.where(sine, sines, cosines)
+
+
+def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Return a permutation of range(n), int64 [n]: the order that sorts one 64-bit Philox word per place."""
+    keys = np.empty((n + 1) // 2 * 2, dtype=np.uint64)
+    for start in range(0, len(keys) // 2, SHUFFLE_CHUNK):
+        counters = np.arange(start, min(start + SHUFFLE_CHUNK, len(keys) // 2), dtype=np.uint64)
+        w0, w1, w2, w3 = _rounds(_key(seed), (counters, int(Purpose.ORDER), epoch & MASK32, epoch >> 32))
+        keys[2 * start : 2 * start + 2 * len(counters) : 2] = w0 << 32 | w1
+        keys[2 * start + 1 : 2 * start + 2 * len(counters) : 2] = w2 << 32 | w3
+    return np.argsort(keys[:n], kind="stable")
