@@ -5,7 +5,6 @@ make the noise again instead of keeping it. The generator is Philox 4x32-10 (Sal
 as easy as 1, 2, 3", SC 2011). Words are identical on every device; `kernels/flow_match.py` makes the same normals.
 """
 
-import math
 from enum import IntEnum
 from typing import Any
 
@@ -32,8 +31,8 @@ class Purpose(IntEnum):
 
 
 def _rounds(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
-    # A product of two 32-bit words fills 64 bits; int64 wraps modulo 2^64, so its bits are those of uint64. Lanes may be
-    # ints or arrays of any shapes that broadcast: lanes that are the same for many numbers stay small while they can.
+    # A product of two 32-bit words fills 64 bits; int64 wraps modulo 2^64, so its bits are those of uint64. Lanes may
+    # be ints or arrays of shapes that broadcast: lanes that are the same for many numbers stay small while they can.
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(ROUNDS):
@@ -44,7 +43,8 @@ def _rounds(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[A
     return c0, c1, c2, c3
 
 
-def _key(seed: int) -> tuple[int, int]:
+def seed_key(seed: int) -> tuple[int, int]:
+    """Return the Philox key of a seed, low word first; raise ValueError unless the seed is in [0, 2^64)."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64), got {seed}")
     return seed & MASK32, seed >> 32
@@ -64,18 +64,18 @@ def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor])
 
 
 def words_to_uniform(words: Tensor) -> Tensor:
-    """Map uint32 words (int64 tensor) to fp32 in (0, 1): the top 23 bits, centred in their interval, without rounding."""
+    """Map uint32 words (int64 tensor) to fp32 in (0, 1): the top 23 bits, centred in their interval, so exact."""
     return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def uniform(seed: int, purpose: Purpose, draws: Tensor) -> Tensor:
     """Return one fp32 uniform number in (0, 1) for each int64 draw number; shape and device as `draws`."""
-    return words_to_uniform(_rounds(_key(seed), _counter(purpose, draws, 0))[0])
+    return words_to_uniform(_rounds(seed_key(seed), _counter(purpose, draws, 0))[0])
 
 
 def _box_muller(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tensor]:
-    # The angle is rounded to fp32 once, as in the kernel; the rest is fp64, rounded at the end, so that a normal does not
-    # depend on whether the CPU took its vector or its scalar path for that element.
+    # The angle is rounded to fp32 once, as in the kernel; the rest is fp64, rounded at the end, so that a normal does
+    # not depend on whether the CPU took its vector or its scalar path for that element.
     radius = torch.sqrt(-2.0 * torch.log(words_to_uniform(radius_words).double()))
     angle = (words_to_uniform(angle_words) * TWO_PI).double()
     return (radius * torch.cos(angle)).float(), (radius * torch.sin(angle)).float()
@@ -86,13 +86,13 @@ def normal4(seed: int, purpose: Purpose, draws: Tensor, groups: Tensor) -> Tenso
 
     `draws` and `groups` are int64 and broadcast. A quarter of the work of `normal` where elements come in fours.
     """
-    w0, w1, w2, w3 = _rounds(_key(seed), _counter(purpose, draws, groups))
+    w0, w1, w2, w3 = _rounds(seed_key(seed), _counter(purpose, draws, groups))
     return torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1)
 
 
 def normal(seed: int, purpose: Purpose, draws: Tensor, elements: Tensor) -> Tensor:
     """Return fp32 standard normals, number `element` of each draw; `draws` and `elements` are int64 and broadcast."""
-    w0, w1, w2, w3 = _rounds(_key(seed), _counter(purpose, draws, elements // 4))
+    w0, w1, w2, w3 = _rounds(seed_key(seed), _counter(purpose, draws, elements // 4))
     second_pair, sine = elements % 4 >= 2, elements % 2 == 1
     cosines, sines = _box_muller(torch.where(second_pair, w2, w0), torch.where(second_pair, w3, w1))
     return torch.where(sine, sines, cosines)
@@ -103,7 +103,7 @@ def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
     keys = np.empty((n + 1) // 2 * 2, dtype=np.uint64)
     for start in range(0, len(keys) // 2, SHUFFLE_CHUNK):
         counters = np.arange(start, min(start + SHUFFLE_CHUNK, len(keys) // 2), dtype=np.uint64)
-        w0, w1, w2, w3 = _rounds(_key(seed), (counters, int(Purpose.ORDER), epoch & MASK32, epoch >> 32))
+        w0, w1, w2, w3 = _rounds(seed_key(seed), (counters, int(Purpose.ORDER), epoch & MASK32, epoch >> 32))
         keys[2 * start : 2 * start + 2 * len(counters) : 2] = w0 << 32 | w1
         keys[2 * start + 1 : 2 * start + 2 * len(counters) : 2] = w2 << 32 | w3
     return np.argsort(keys[:n], kind="stable")

@@ -15,26 +15,34 @@ def caption_of(data: bytes, kind: str) -> str:
     JSON must be an object with a string under "caption", "text" or "prompt" (the first of them counts).
     Raises BadSample if there is none, or it is empty, too long or not UTF-8.
     """
-    if len(data) > MAX_CAPTION_BYTES:
-        raise BadSample(Reason.CAPTION_TOO_LONG, f"{len(data)} bytes of caption, more than {MAX_CAPTION_BYTES}")
+    check_length(len(data))
     try:
         text = data.decode("utf-8-sig")
         if kind == "json":
             text = _from_json(text)
-            text.encode()  # JSON can spell lone surrogates
-    except UnicodeError as error:
-        raise BadSample(Reason.CAPTION_ENCODING, f"the caption is not UTF-8: {error.reason}") from error  # type: ignore[attr-defined]
+    except UnicodeDecodeError as error:
+        raise BadSample(Reason.CAPTION_ENCODING, f"the caption is not UTF-8: {error.reason}") from error
     return clean(text)
 
 
 def clean(text: str) -> str:
-    """Strip a caption; raises BadSample if nothing is left, or if it has NUL characters."""
-    text = text.strip()
+    """Strip white space and byte order marks; raises BadSample if nothing is left, or it is too long or not UTF-8."""
+    text = text.replace("\ufeff", "").strip()
     if not text:
         raise BadSample(Reason.EMPTY_CAPTION, "the caption is empty")
     if "\0" in text:
         raise BadSample(Reason.CAPTION_ENCODING, "the caption has NUL characters (UTF-16?)")
+    try:
+        check_length(len(text.encode()))
+    except UnicodeEncodeError as error:  # JSON can spell lone surrogates
+        raise BadSample(Reason.CAPTION_ENCODING, f"the caption is not UTF-8: {error.reason}") from error
     return text
+
+
+def check_length(size: int) -> None:
+    """Raise BadSample if a caption of `size` bytes is too long to be read."""
+    if size > MAX_CAPTION_BYTES:
+        raise BadSample(Reason.CAPTION_TOO_LONG, f"{size} bytes of caption, more than {MAX_CAPTION_BYTES}")
 
 
 def _from_json(text: str) -> str:

@@ -44,8 +44,7 @@ def probe(data: bytes) -> Header:
 
     Raises BadSample for another format, damage that the file's structure shows, or a size over the limits.
     """
-    if len(data) > MAX_IMAGE_BYTES:
-        raise BadSample(Reason.IMAGE_TOO_LARGE, f"{len(data)} bytes, more than {MAX_IMAGE_BYTES}")
+    check_bytes(len(data))
     try:
         header = _read(data)
     except (struct.error, IndexError) as error:
@@ -58,6 +57,12 @@ def probe(data: bytes) -> Header:
             f"{header.width} x {header.height} pixels, more than {MAX_IMAGE_PIXELS} or a side over {MAX_IMAGE_SIDE}",
         )
     return header
+
+
+def check_bytes(size: int) -> None:
+    """Raise BadSample if a picture file of `size` bytes is too large to be read."""
+    if size > MAX_IMAGE_BYTES:
+        raise BadSample(Reason.IMAGE_TOO_LARGE, f"{size} bytes, more than {MAX_IMAGE_BYTES}")
 
 
 def _read(data: bytes) -> Header:

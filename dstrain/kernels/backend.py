@@ -14,8 +14,9 @@ try:
 except ImportError:
     # Kernel bodies are not run when they are defined: these names are all that a definition touches.
     triton: Any = None  # type: ignore[no-redef]
-    tl: Any = SimpleNamespace(constexpr=int)  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[no-redef]
 
+FLOATS = (torch.float32, torch.bfloat16)
 MODES = ("auto", "reference", "triton")
 
 
@@ -36,7 +37,9 @@ def choose(mode: str, device: torch.device) -> str:
         return "triton" if device.type == "cuda" and triton is not None else "reference"
     if mode == "triton":
         if triton is None:
-            raise ValueError("mode 'triton' needs Triton, which is not installed: pip install triton, or mode 'reference'")
+            raise ValueError(
+                "mode 'triton' needs Triton, which is not installed: pip install triton, or mode 'reference'"
+            )
         if device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise ValueError(
                 f"mode 'triton' cannot run on {device.type}: use mode 'reference', or set TRITON_INTERPRET=1 "
@@ -63,3 +66,36 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}: call .contiguous() on it")
+
+
+def check_pack(latents: dict[str, Tensor], sample_index: Tensor, per_sample: dict[str, Tensor], read: bool) -> None:
+    """Raise ValueError, naming the tensor, unless a pack's tensors fit one another.
+
+    `latents` are [I, C], fp32 or bf16, `sample_index` is int64 [I], `per_sample` int64 [N], among them `first_token`.
+    With `read` the index itself is read, which on a GPU means waiting for it: samples must lie end to end, in order.
+    """
+    name, first = next(iter(latents.items()))
+    if first.ndim != 2 or first.numel() == 0:
+        raise ValueError(f"{name} must have shape [tokens, channels], both at least 1, got {list(first.shape)}")
+    tokens, device = len(first), first.device
+    for name, tensor in latents.items():
+        check_tensor(name, tensor, first.shape, FLOATS, device)
+    check_tensor("sample_index", sample_index, (tokens,), (torch.int64,), device)
+    samples = max(1, per_sample["first_token"].numel())
+    for name, tensor in per_sample.items():
+        check_tensor(name, tensor, (samples,), (torch.int64,), device)
+    if read:
+        _check_index(sample_index, per_sample["first_token"], per_sample.get("token_counts"))
+
+
+def _check_index(sample_index: Tensor, first_token: Tensor, token_counts: Tensor | None) -> None:
+    tokens, samples = len(sample_index), len(first_token)
+    for name, tensor, limit in (("sample_index", sample_index, samples), ("first_token", first_token, tokens)):
+        if int(tensor.min()) < 0 or int(tensor.max()) >= limit:
+            raise ValueError(f"{name} must be in [0, {limit}), got {int(tensor.min())} to {int(tensor.max())}")
+    counts = torch.diff(first_token, append=first_token.new_tensor([tokens]))  # [N]
+    rises = torch.bucketize(torch.arange(tokens, device=first_token.device), first_token, right=True) - 1  # [I]
+    if int(counts.min()) < 1 or int(first_token[0]) != 0 or not torch.equal(sample_index, rises):
+        raise ValueError("sample_index must rise by one at each first_token: samples lie end to end, in order")
+    if token_counts is not None and not torch.equal(counts, token_counts):
+        raise ValueError(f"token_counts must be {counts.tolist()} by first_token, got {token_counts.tolist()}")

@@ -4,15 +4,17 @@ With x_t = (1 - sigma) x0 + sigma eps the velocity is v = eps - x0 (Liu et al., 
 arXiv:2210.02747). The noise eps is never stored: element `e` of the sample with draw number `d` is normal number `e`
 of draw `d` (dstrain.rng), so whoever needs it makes it again, and a sample has the same noise in any pack.
 
-Three faces, as in every file here: `*_reference` is plain PyTorch and the meaning; the Triton kernels do the same in one
-pass over the latents; `add_noise` and `velocity_loss` check their inputs and pick one.
+Three faces, as in every file here: `*_reference` is plain PyTorch and the meaning; the Triton kernels do the same in
+one pass over the latents; `add_noise` and `velocity_loss` check their inputs and pick one.
 
-Packed latents are [I, C]: I tokens of N samples, end to end, sample after sample. The same four tensors say whose a row is:
+Packed latents are [I, C]: I tokens of N samples, end to end, sample after sample. Whose a row is, four tensors say:
     sample_index [I] int64   the sample of each row
     first_token  [N] int64   the row at which each sample begins
     token_counts [N] int64   the rows of each sample
     draws        [N] int64   the draw number of each sample
 """
+
+# mypy: allow-untyped-defs
 
 from typing import Any
 
@@ -20,13 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dstrain.kernels.backend import check_tensor, choose, jit, on_device, tl, triton
-from dstrain.rng import TWO_PI, Purpose, normal
+from dstrain.kernels.backend import check_pack, check_tensor, choose, jit, on_device, tl, triton
+from dstrain.kernels.philox import normal4
+from dstrain.rng import Purpose, normal, seed_key
 
-FLOATS = (torch.float32, torch.bfloat16)
 TILE = 1024  # elements of a program: 8 for each of 128 threads
-# Read by the kernels, which can only see globals of this type.
-NOISE, ANGLE = tl.constexpr(int(Purpose.NOISE)), tl.constexpr(TWO_PI)
+NOISE = tl.constexpr(int(Purpose.NOISE))
 
 
 def noise_reference(channels: int, sample_index: Tensor, first_token: Tensor, seed: int, draws: Tensor) -> Tensor:
@@ -61,54 +62,28 @@ def velocity_loss_reference(
 
 
 @jit
-def _tile(
-    sample_ptr,
-    first_ptr,
-    draws_ptr,
-    seed,
-    tokens,
-    samples,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """This program's rows [R], their sample [R] and whether it exists [R], element offsets, mask and noise [R, 4 G].
+def _tile(sample_ptr, first_ptr, draws_ptr, seed, tokens, samples, C: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
+    """This program's rows [R] and their samples [R], and the element offsets, mask and noise of its tile [R, 4 G].
 
-    A tile's columns are GROUPS whole Philox counters of four normals. A row that does not begin on a counter (CHANNELS
-    not a multiple of four) begins up to three columns late, and the columns outside the row are masked.
+    A tile's columns are G whole Philox counters of four normals. A row that does not begin on a counter (C not a
+    multiple of four) begins up to three columns late, and the columns outside the row are masked.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    sample = tl.load(sample_ptr + rows, mask=rows < tokens, other=-1)
+    rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    sample = tl.load(sample_ptr + rows, mask=rows < tokens, other=0)
     known = (sample >= 0) & (sample < samples)
-    token = rows - tl.load(first_ptr + sample, mask=known, other=0)
-    draw = tl.load(draws_ptr + sample, mask=known, other=0)[:, None]
+    sample = tl.where(known, sample, 0)
+    token = rows - tl.load(first_ptr + sample)
+    draw = tl.load(draws_ptr + sample)
 
-    counter = ((token * CHANNELS) // 4)[:, None] + tl.arange(0, GROUPS)[None, :]  # [R, G]
-    low, high = (draw & 0xFFFFFFFF).to(tl.uint32), (draw >> 32).to(tl.uint32)  # [R, 1]
-    w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), low * 0 + NOISE, low, high)
-    n0, n1 = _box_muller(w0, w1)
-    n2, n3 = _box_muller(w2, w3)
-    # join adds a fastest axis: joined twice, the four lanes of a counter lie side by side.
-    noise = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(ROWS, 4 * GROUPS)
-    # The Python side has checked the index wherever that is free; elsewhere a wrong one must not pass as a number.
+    group = ((token * C) // 4)[:, None] + tl.arange(0, G)[None, :]  # [R, G]
+    noise = normal4(seed, NOISE, draw[:, None], group).reshape(R, 4 * G)
+    # The Python side reads the index only where that is free; elsewhere a wrong one must not pass as a number.
     noise = tl.where(known[:, None], noise, float("nan"))
 
-    late = (token * (CHANNELS % 4)) % 4
-    columns = tl.arange(0, 4 * GROUPS)[None, :] - late[:, None]
-    mask = (rows < tokens)[:, None] & (columns >= 0) & (columns < CHANNELS)
-    return rows, sample, known, rows[:, None] * CHANNELS + columns, mask, noise
-
-
-@jit
-def _box_muller(radius_word, angle_word):
-    radius = tl.sqrt_rn(-2.0 * tl.log(_uniform(radius_word)))
-    angle = _uniform(angle_word) * ANGLE
-    return radius * tl.cos(angle), radius * tl.sin(angle)
-
-
-@jit
-def _uniform(word):
-    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+    late = (token * (C % 4)) % 4
+    columns = tl.arange(0, 4 * G)[None, :] - late[:, None]
+    mask = (rows < tokens)[:, None] & (columns >= 0) & (columns < C)
+    return rows, sample, rows[:, None] * C + columns, mask, noise
 
 
 @jit
@@ -122,14 +97,12 @@ def _add_noise_kernel(
     seed,
     tokens,
     samples,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
 ):
-    rows, sample, known, offsets, mask, noise = _tile(
-        sample_ptr, first_ptr, draws_ptr, seed, tokens, samples, CHANNELS, ROWS, GROUPS
-    )
-    sigma = tl.load(sigma_ptr + sample, mask=known, other=0.0)[:, None]
+    _rows, sample, offsets, mask, noise = _tile(sample_ptr, first_ptr, draws_ptr, seed, tokens, samples, C, R, G)
+    sigma = tl.load(sigma_ptr + sample)[:, None]
     x0 = tl.load(x0_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, (1.0 - sigma) * x0 + sigma * noise, mask=mask)
 
@@ -145,14 +118,12 @@ def _row_error_kernel(
     seed,
     tokens,
     samples,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
 ):
     """Squared error of each row [I]: partial sums that no other program writes, so there is nothing to race."""
-    rows, sample, known, offsets, mask, noise = _tile(
-        sample_ptr, first_ptr, draws_ptr, seed, tokens, samples, CHANNELS, ROWS, GROUPS
-    )
+    rows, _sample, offsets, mask, noise = _tile(sample_ptr, first_ptr, draws_ptr, seed, tokens, samples, C, R, G)
     x0 = tl.load(x0_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     error = tl.where(mask, pred - (noise - x0), 0.0)
@@ -160,16 +131,16 @@ def _row_error_kernel(
 
 
 @jit
-def _sample_mean_kernel(row_ptr, out_ptr, first_ptr, count_ptr, tokens, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+def _sample_mean_kernel(row_ptr, out_ptr, first_ptr, count_ptr, tokens, C: tl.constexpr, R: tl.constexpr):
     """Mean of each sample's elements [N], one program a sample, in a fixed order."""
     sample = tl.program_id(0)
     first, count = tl.load(first_ptr + sample), tl.load(count_ptr + sample)
     last = tl.minimum(first + count, tokens)
-    total = tl.zeros((ROWS,), tl.float32)
-    for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
+    total = tl.zeros((R,), tl.float32)
+    for start in range(first, last, R):
+        rows = start + tl.arange(0, R)
         total += tl.load(row_ptr + rows, mask=(rows >= 0) & (rows < last), other=0.0)
-    tl.store(out_ptr + sample, tl.sum(total, axis=0) / (count * CHANNELS).to(tl.float32))
+    tl.store(out_ptr + sample, tl.sum(total, axis=0) / (count * C).to(tl.float32))
 
 
 @jit
@@ -184,14 +155,12 @@ def _velocity_grad_kernel(
     seed,
     tokens,
     samples,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
 ):
-    rows, sample, known, offsets, mask, noise = _tile(
-        sample_ptr, first_ptr, draws_ptr, seed, tokens, samples, CHANNELS, ROWS, GROUPS
-    )
-    scale = tl.load(scale_ptr + sample, mask=known, other=0.0)[:, None]
+    _rows, sample, offsets, mask, noise = _tile(sample_ptr, first_ptr, draws_ptr, seed, tokens, samples, C, R, G)
+    scale = tl.load(scale_ptr + sample)[:, None]
     x0 = tl.load(x0_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = scale * (pred - (noise - x0))
@@ -199,12 +168,17 @@ def _velocity_grad_kernel(
 
 
 def _launch(
-    kernel: Any, tensors: tuple[Tensor, ...], index: tuple[Tensor, Tensor, Tensor], seed: int, tokens: int, channels: int
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    index: tuple[Tensor, Tensor, Tensor],
+    seed: int,
+    tokens: int,
+    channels: int,
 ) -> None:
     # C columns touch C / 4 counters where rows begin on one, else as many as C + 3 columns can.
     groups = triton.next_power_of_2(channels // 4 if channels % 4 == 0 else (channels + 2) // 4 + 1)
     rows = max(1, TILE // (4 * groups))
-    sizes = {"CHANNELS": channels, "ROWS": rows, "GROUPS": groups}
+    sizes = {"C": channels, "R": rows, "G": groups}
     with on_device(tensors[0].device):
         kernel[(triton.cdiv(tokens, rows),)](*tensors, *index, seed, tokens, len(index[1]), **sizes)
 
@@ -249,3 +223,58 @@ class _VelocityLoss(torch.autograd.Function):
         _launch(_velocity_grad_kernel, (pred, x0, scale, grad_pred), tuple(index), ctx.seed, *pred.shape)
         # The target is eps - x0, so that the error grows with x0 as it does with pred.
         return grad_pred, grad_pred.to(x0.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def _reads_index(face: str, x0: Tensor) -> bool:
+    return face == "reference" or not x0.is_cuda
+
+
+def add_noise(
+    x0: Tensor,
+    sigmas: Tensor,
+    sample_index: Tensor,
+    first_token: Tensor,
+    seed: int,
+    draws: Tensor,
+    mode: str = "auto",
+) -> Tensor:
+    """Return x_t = (1 - sigma) x0 + sigma eps, fp32 [I, C], differentiable in x0.
+
+    x0 is [I, C] fp32 or bf16, sigmas [N] fp32; the index is described above. `mode` is "auto" (Triton on CUDA,
+    reference elsewhere), "reference" or "triton". Raises ValueError that names the tensor for a wrong shape, dtype,
+    device, stride or index. Only the kernels on CUDA do not wait for the index to be read: there, rows whose sample
+    does not exist become NaN.
+    """
+    face = choose(mode, x0.device)
+    check_pack({"x0": x0}, sample_index, {"first_token": first_token, "draws": draws}, read=_reads_index(face, x0))
+    check_tensor("sigmas", sigmas, draws.shape, (torch.float32,), x0.device)
+    if sigmas.requires_grad:
+        raise ValueError("sigmas must not require a gradient: there is none with respect to sigma")
+    seed_key(seed)
+    if face == "reference":
+        return add_noise_reference(x0, sigmas, sample_index, first_token, seed, draws)
+    return _AddNoise.apply(x0, sigmas, (sample_index, first_token, draws), seed)
+
+
+def velocity_loss(
+    pred: Tensor,
+    x0: Tensor,
+    sample_index: Tensor,
+    first_token: Tensor,
+    token_counts: Tensor,
+    seed: int,
+    draws: Tensor,
+    mode: str = "auto",
+) -> Tensor:
+    """Return each sample's mean squared error of `pred` against eps - x0, fp32 [N], differentiable in pred and x0.
+
+    pred and x0 are [I, C] fp32 or bf16; sums are fp32, in an order that does not depend on timing. `mode` and errors
+    as in `add_noise`.
+    """
+    face = choose(mode, x0.device)
+    per_sample = {"first_token": first_token, "token_counts": token_counts, "draws": draws}
+    check_pack({"x0": x0, "pred": pred}, sample_index, per_sample, read=_reads_index(face, x0))
+    seed_key(seed)
+    if face == "reference":
+        return velocity_loss_reference(pred, x0, sample_index, first_token, token_counts, seed, draws)
+    return _VelocityLoss.apply(pred, x0, (sample_index, first_token, draws), token_counts, seed)

@@ -1,0 +1,262 @@
+"""The recipe: one typed tree for a run, from YAML and dotted overrides. Imports nothing heavy, so `--help` is instant.
+
+The ds_config owns precision, ZeRO stage, offload and clipping; the recipe owns everything else. No fact is in both.
+"""
+
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from dstrain.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def knob(default: Any, about: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its default (`...` = must be given), one line for `--help`, and its range."""
+    metadata = {"about": about, "low": low, "high": high}
+    if default is ...:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it starts."""
+
+    path: str = knob(..., "diffusers folder or hub id, e.g. Qwen/Qwen-Image")
+    family: str = knob("qwen_image", "model family")
+    init: Literal["pretrained", "random"] = knob("pretrained", "start from the folder's weights, or from scratch")
+    components: dict[str, str] = knob({}, "component from elsewhere, e.g. {vae: org/name:vae/*.safetensors}")
+    gelu: Literal["tanh", "sigmoid"] = knob("tanh", "tanh as in diffusers, sigmoid as in DiffSynth")
+    activation_checkpointing: bool = knob(True, "recompute each block in the backward instead of keeping it")
+    encoder_dtype: Literal["bf16", "fp32", "auto"] = knob("auto", "dtype of VAE and text encoder; auto as the DiT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples, and how they are read."""
+
+    shards: list[str] = knob(..., "tar shards: files, folders or globs")
+    max_pixels: int = knob(1024 * 1024, "larger pictures are scaled down to this area, aspect kept", low=256)
+    caption_dropout: float = knob(0.1, "share of captions replaced by '' so that guidance works", low=0, high=1)
+    bad_samples: Literal["skip", "error"] = knob("skip", "what to do with a sample that cannot be used")
+    max_bad_samples: int = knob(1000, "stop when more than this many are bad", low=0)
+    workers: int = knob(2, "threads that read and decode ahead, per rank", low=0, high=256)
+    encoded_cache_mb: int = knob(512, "host memory per rank for encoded samples seen again; 0 = off", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How much goes into an optimizer step."""
+
+    global_batch_size: int = knob(..., "samples in an optimizer step, over all ranks", low=1)
+    tokens_per_pack: int = knob(8192, "most tokens (text + image) in one micro-batch of one rank", low=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is learned. x_t = (1 - sigma) x0 + sigma eps, the model predicts eps - x0."""
+
+    name: str = knob("flow_match", "objective")
+    density: Literal["uniform_grid", "uniform", "logit_normal", "mode"] = knob(
+        "uniform_grid", "density of sigma; uniform_grid = uniform over the shifted 1000-step grid"
+    )
+    shift: Literal["constant", "resolution"] = knob("constant", "mu fixed, or growing with the picture's tokens")
+    mu: float = knob(0.8, "exponential shift of sigma (constant shift)", low=-10, high=10)
+    terminal: float = knob(0.02, "the last sigma of the grid (uniform_grid)", low=0, high=0.5)
+    mean: float = knob(0.0, "of the logit (logit_normal)", low=-10, high=10)
+    std: float = knob(1.0, "of the logit (logit_normal)", low=1e-3, high=10)
+    mode_scale: float = knob(1.29, "scale of the mode density (mode)", low=-1, high=1.75)
+    weighting: Literal["none", "bell"] = knob("bell", "weight of the loss over sigma; bell as in DiffSynth")
+    kernel: Literal["auto", "reference", "triton"] = knob("auto", "fused Triton loss or plain PyTorch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW: DeepSpeed's CPU form when the ds_config offloads the optimizer, PyTorch's fused form otherwise."""
+
+    lr: float = knob(1e-5, "peak learning rate", low=0)
+    betas: list[float] = knob([0.9, 0.999], "decay of the two moments")
+    eps: float = knob(1e-8, "added to the root of the second moment", low=0)
+    weight_decay: float = knob(0.01, "decoupled weight decay; not on norms and biases", low=0)
+    warmup_steps: int = knob(0, "steps of linear warm-up", low=0)
+    decay: Literal["constant", "linear", "cosine"] = knob("cosine", "form of the schedule after warm-up")
+    min_lr_ratio: float = knob(0.0, "end of the decay, as a share of lr", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and what is kept."""
+
+    steps: int = knob(..., "optimizer steps of the whole run", low=1)
+    save_every: int = knob(500, "steps between checkpoints; the last step is always saved", low=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints to keep", low=1)
+    export: bool = knob(True, "write diffusers safetensors at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where the figures go besides RUN_DIR/metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = knob("auto", "auto = online with a key, offline without")
+    project: str = knob("dstrain", "W&B project")
+    name: str = knob("", "W&B run name; empty = the run folder's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run."""
+
+    run_dir: str = knob(..., "everything that the run writes goes here")
+    seed: int = knob(0, "of noise, timesteps, order and random weights", low=0)
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    train: TrainConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch.global_batch_size * self.train.steps >= 1 << 62:
+            raise ConfigError("batch.global_batch_size * train.steps is beyond counting")
+        if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
+            raise ConfigError(f"optimizer.betas must be two numbers in [0, 1), not {self.optimizer.betas}")
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is beyond train.steps {self.train.steps}"
+            )
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides like `train.steps=100`; ConfigError names file, key and value."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
+        raise ConfigError(f"{path}: no such recipe{near}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path}: not a readable YAML recipe: {' '.join(str(e).split())}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, batch, train, ...)")
+    for override in overrides:
+        _apply(tree, override)
+    return build(Recipe, tree, str(path))
+
+
+def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
+    """Make dataclass `cls` from a mapping, refusing unknown keys, missing keys, wrong types and values out of range."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'recipe'} must be a mapping, not {values!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"{where}: unknown key {prefix + str(key)!r}{did_you_mean(str(key), known)}"
+                f" (known here: {', '.join(known)})"
+            )
+    given: dict[str, Any] = {}
+    for name, f in known.items():
+        key, kind = prefix + name, hints[name]
+        if name in values:
+            value = values[name]
+            if dataclasses.is_dataclass(kind):
+                given[name] = build(typing.cast(type, kind), {} if value is None else value, where, key + ".")
+            else:
+                given[name] = _coerce(value, kind, f.metadata, f"{where}: {key}")
+        elif f.default is MISSING and f.default_factory is MISSING:
+            about = f.metadata.get("about", "see launch/recipes/ for examples")
+            raise ConfigError(f"{where}: {key} must be given: {about}")
+    return cls(**given)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain values, defaults filled in."""
+    return dataclasses.asdict(recipe)
+
+
+def describe(cls: type = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Return (dotted key, default, what it is) of every knob, for `--help` and the docs."""
+    rows: list[tuple[str, str, str]] = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            rows += describe(typing.cast(type, kind), f"{prefix}{f.name}.")
+            continue
+        factory: Any = f.default_factory
+        default: Any = factory() if factory is not MISSING else f.default
+        if default is MISSING:
+            default = "required"
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        about = f.metadata["about"] + (f" [{' | '.join(map(str, choices))}]" if choices else "")
+        rows.append((prefix + f.name, str(default), about))
+    return rows
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from e
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        node = tree.setdefault(parent, {})
+        if node is None:
+            node = tree[parent] = {}
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        tree = node
+    tree[leaf] = value
+
+
+def _coerce(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        # YAML reads a bare off, on, yes or no as a boolean; where the choices have the word, the word was meant.
+        if isinstance(value, bool) and (word := "on" if value else "off") in args:
+            value = word
+        if value not in args or isinstance(value, bool):
+            raise ConfigError(
+                f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}"
+                + did_you_mean(str(value), [str(a) for a in args])
+            )
+        return value
+    if origin is list:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not items:
+            raise ConfigError(f"{where} must be a list, not {value!r}")
+        return [_coerce(item, args[0], {}, where) for item in items]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a mapping, not {value!r}")
+        return {str(k): _coerce(v, args[1], {}, f"{where}.{k}") for k, v in value.items()}
+    assert not isinstance(kind, types.UnionType)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise ConfigError(f"{where} must be {names[kind]}, not {value!r}")
+    if kind in (int, float):
+        low, high = metadata.get("low"), metadata.get("high")
+        if value != value or (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{where} must be {bounds}, not {value!r}")
+    if kind is str and not value and metadata.get("about") and "empty" not in metadata["about"]:
+        raise ConfigError(f"{where} is empty")
+    return value

@@ -1,0 +1,97 @@
+"""Who am I: rank, device and process group, the same under deepspeed, torchrun, srun and plain python."""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dstrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def environment_world() -> tuple[int, int, int]:
+    """Return (rank, local_rank, world_size) from the launcher's variables, without starting anything.
+
+    Known are the variables of deepspeed and torchrun, then SLURM's of a job step; none of them means one process.
+    ConfigError if only some are set.
+    """
+    for names in (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")):
+        found = [name for name in names if name in os.environ]
+        if len(found) == len(names):
+            rank, local_rank, size = (int(os.environ[name]) for name in names)
+            return rank, local_rank, size
+        if names[0] in found:
+            missing = ", ".join(set(names) - set(found))
+            raise ConfigError(f"{names[0]} is set but {missing} is not; start with deepspeed, torchrun or srun")
+    return 0, 0, 1
+
+
+def start() -> World:
+    """Join the process group (nccl on GPUs, gloo on CPUs) and return this process's place in it."""
+    import deepspeed
+
+    rank, local_rank, size = environment_world()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(size))
+    if "MASTER_ADDR" not in os.environ:
+        if size > 1:
+            raise ConfigError("MASTER_ADDR is not set; launch/slurm/train.sbatch shows how to set it under srun")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
+    deepspeed.init_distributed(verbose=False)
+    return World(rank, local_rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 in hardware; without it a CPU is about ten times slower than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise sum of `values` over all ranks."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

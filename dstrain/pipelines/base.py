@@ -1,0 +1,174 @@
+"""What every family has: its models, the units that prepare a batch, and one velocity for training and sampling."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.errors import CheckpointError, ConfigError, did_you_mean
+from dstrain.models.packing import PackLayout, Shape
+from dstrain.models.qwen_image import Gelu
+from dstrain.pipelines.components import (
+    INDEX,
+    Loader,
+    ModelSource,
+    component_folder,
+    load_module,
+    read_json,
+    resolve,
+)
+from dstrain.pipelines.graph import UnitGraph
+from dstrain.pipelines.unit import Unit
+from dstrain.registry import Registry
+
+CONFIG_FILES = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the velocity of a pack depends on besides x_t and sigma."""
+
+    prompt_embeds: Tensor  # [T, d]
+    layout: PackLayout
+
+
+@dataclass(frozen=True)
+class Encoded(Condition):
+    """A pack ready for the objective."""
+
+    x0: Tensor  # [I, C] fp32, patchified latents
+
+
+class Pipeline(ABC):
+    """A family's models and what is done with them. Make one with `from_pretrained`.
+
+    A component that was not loaded is an attribute that does not exist. `transformer` is passed to `velocity`, so that
+    training can pass its engine.
+    """
+
+    class_name: ClassVar[str]  # `_class_name` of the model_index.json that this family reads
+    loaders: ClassVar[Mapping[str, Loader]]  # the frozen components
+    given: ClassVar[tuple[str, ...]]  # what a training batch must hold
+    token_channels: ClassVar[int]  # C, values in one image token
+
+    transformer: nn.Module
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: dict[str, Any]
+
+    def __init__(
+        self, device: torch.device, *, gelu: Gelu = "tanh", caption_dropout: float = 0.0, seed: int = 0
+    ) -> None:
+        self.device, self.gelu = device, gelu
+        self.graph = UnitGraph(self.units(caption_dropout, seed), self.given)
+        self._root: ModelSource | None = None
+        self._overrides: dict[str, ModelSource] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | ModelSource | None,
+        *,
+        components: Mapping[str, str | ModelSource] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        load: Sequence[str] | None = None,
+        gelu: Gelu = "tanh",
+        caption_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> Self:
+        """Load a pipeline from a diffusers folder or a hub id.
+
+        Args:
+            source: the folder or hub id; None if `components` names every component of `load`.
+            components: components that come from elsewhere, e.g. {"vae": "org/name:vae/*.safetensors"}.
+            dtype: of all weights.
+            device: of all weights, and where encoding and sampling run.
+            load: the components to load; all by default. Leave "transformer" out where an engine loads it.
+            gelu: "tanh" as in diffusers, "sigmoid" as in DiffSynth.
+            caption_dropout: share of training samples that lose their prompt, for classifier-free guidance.
+            seed: of the choice which.
+
+        Raises:
+            CheckpointError: a folder, config or tensor is missing, damaged or of another family.
+            ConfigError: `components` or `load` names what this family does not have.
+        """
+        pipeline = cls(torch.device(device), gelu=gelu, caption_dropout=caption_dropout, seed=seed)
+        names = ("transformer", *cls.loaders)
+        for name in (*(components or {}), *(load or ())):
+            if name not in names:
+                raise ConfigError(
+                    f"no component {name!r} in {cls.class_name}{did_you_mean(name, names)} (it has {', '.join(names)})"
+                )
+        pipeline._overrides = {k: _source(v) for k, v in (components or {}).items()}
+        if source is not None:
+            pipeline._root = _source(source)
+            pipeline._check_index(pipeline._root)
+        for name in names if load is None else load:
+            if name == "transformer":
+                folder = pipeline.folder(name)
+                part = load_module(pipeline.build_transformer, folder, dtype, pipeline.device)
+            else:
+                part = cls.loaders[name](pipeline.folder(name), dtype, pipeline.device)
+            setattr(pipeline, name, part)
+        return pipeline
+
+    def folder(self, name: str) -> Path:
+        """Return the local folder of a component, fetched from the hub if need be; CheckpointError if it has no config."""
+        config = CONFIG_FILES.get(name, "config.json")
+        return component_folder(name, config, self._root, self._overrides.get(name))
+
+    def _check_index(self, root: ModelSource) -> None:
+        path = resolve(root.within(INDEX)) / INDEX
+        found = read_json(path).get("_class_name")
+        if found != self.class_name:
+            raise CheckpointError(f"{path}: _class_name is {found!r}, this family reads {self.class_name!r}")
+
+    def encode(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Run all units on a batch (the names of `given`, one entry a sample), without gradients: encoders are frozen."""
+        with torch.no_grad():
+            return self.graph.run(self, batch)
+
+    @abstractmethod
+    def units(self, caption_dropout: float, seed: int) -> list[Unit]:
+        """Return the units that turn a training batch into what `pack` takes, in running order."""
+
+    @abstractmethod
+    def build_transformer(self) -> nn.Module:
+        """Build the transformer that `folder("transformer")` describes, with fresh weights, on the current device."""
+
+    @abstractmethod
+    def pack(self, encoded: Mapping[str, list[Any]]) -> Encoded:
+        """Lay the encoded samples of a batch end to end, on the pipeline's device."""
+
+    @abstractmethod
+    def condition(self, prompt_embeds: Sequence[Tensor], shapes: Sequence[Shape]) -> Condition:
+        """Lay prompts [T_i, d] and pictures to come, of `shapes` in tokens, end to end, on the pipeline's device."""
+
+    @abstractmethod
+    def velocity(self, transformer: Callable[..., Tensor], x_t: Tensor, sigmas: Tensor, condition: Condition) -> Tensor:
+        """Predict eps - x0 for x_t [I, C] at sigmas [N] fp32 -> [I, C] fp32. Training and sampling share it."""
+
+    @abstractmethod
+    def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
+        """Embed prompts, [T_i, d] each."""
+
+    @abstractmethod
+    def shape_of(self, height: int, width: int) -> Shape:
+        """Return (frames, height, width) in tokens of a picture in pixels; ConfigError if it does not fit."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, shape: Shape) -> Tensor:
+        """Paint the picture of clean latents [i, C] -> [3, H, W] fp32 in [0, 1]."""
+
+
+def _source(value: str | Path | ModelSource) -> ModelSource:
+    return value if isinstance(value, ModelSource) else ModelSource.parse(str(value))
+
+
+PIPELINES: Registry[Pipeline] = Registry("model family")

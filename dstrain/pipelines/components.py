@@ -1,0 +1,184 @@
+"""Where a model's parts lie, on disk or on the Hugging Face hub, and how each kind is loaded: frozen, in eval mode."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dstrain.errors import CheckpointError
+from dstrain.models.weights import load_full
+
+Loader = Callable[[Path, torch.dtype, torch.device], Any]
+M = TypeVar("M", bound=nn.Module)
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A folder or a hub id, and which of its files to take.
+
+    `pattern` names a sub-folder ("vae", "vae/") or files in one, as a glob ("vae/*.safetensors"). It chooses what is
+    fetched from the hub; what is loaded is the whole sub-folder, since weights need the config beside them.
+    """
+
+    path_or_id: str
+    pattern: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelSource":
+        """Read "folder" or "org/name", with or without ":pattern" behind it."""
+        path_or_id, _, pattern = text.rpartition(":")
+        if not path_or_id or Path(text).expanduser().exists():
+            return cls(text)
+        return cls(path_or_id, pattern)
+
+    def within(self, name: str) -> "ModelSource":
+        """Return the source of what lies at `name` in this one's sub-folder."""
+        return ModelSource(self.path_or_id, f"{self.sub_folder}/{name}".lstrip("/"))
+
+    @property
+    def sub_folder(self) -> str:
+        """The folder that the pattern names, or whose files it names; "" is the source itself."""
+        path = PurePosixPath(self.pattern)
+        folder = path.parent if self._names_files else path
+        return "" if folder == PurePosixPath() else str(folder)
+
+    @property
+    def globs(self) -> list[str]:
+        """The files to fetch: those of the pattern, and the configs and indexes beside them."""
+        below = f"{self.sub_folder}/" if self.sub_folder else ""
+        return [self.pattern, f"{below}*.json"] if self._names_files else [f"{below}*"]
+
+    @property
+    def _names_files(self) -> bool:
+        name = PurePosixPath(self.pattern).name
+        return not self.pattern.endswith("/") and ("*" in name or "." in name)
+
+    def __str__(self) -> str:
+        return f"{self.path_or_id}:{self.pattern}" if self.pattern else self.path_or_id
+
+
+def resolve(source: ModelSource) -> Path:
+    """Return the local folder that holds what `source` names, fetching it from the hub if it is no folder here.
+
+    `HF_HUB_OFFLINE=1` confines the hub to what was fetched before. Raises CheckpointError if nothing is found, with the
+    command that fetches it.
+    """
+    base = Path(source.path_or_id).expanduser()
+    hint = ""
+    if not base.is_dir():
+        if not HUB_ID.fullmatch(source.path_or_id):
+            raise CheckpointError(f"{base}: no such folder, and not a hub id either (org/name)")
+        base = _fetch(source)
+        hint = f"; {_how_to_fetch(source)}"
+    if source.pattern and not any(base.glob(source.pattern.strip("/"))):
+        raise CheckpointError(f"{base / source.pattern}: no such file{hint}")
+    return base / source.sub_folder
+
+
+def _fetch(source: ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.path_or_id, allow_patterns=source.globs))
+    except (OSError, ValueError) as e:  # what the hub raises derives from these two
+        reason = str(e).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{source.path_or_id}: no such folder, and the hub did not give it ({type(e).__name__}: {reason});"
+            f" {_how_to_fetch(source)}"
+        ) from e
+
+
+def _how_to_fetch(source: ModelSource) -> str:
+    includes = " ".join(f"--include '{glob}'" for glob in source.globs)
+    return f"where there is network, run `hf download {source.path_or_id} {includes}`, or give a local folder"
+
+
+def component_folder(name: str, config: str, root: ModelSource | None, override: ModelSource | None) -> Path:
+    """Return the local folder of component `name`, whose config file is called `config`.
+
+    It is the sub-folder `name` of the pipeline at `root`, unless `override` says otherwise: its pattern's folder, or
+    without pattern itself or its sub-folder `name`. Raises CheckpointError if there is no config file.
+    """
+    source = override or root
+    if source is None:
+        raise CheckpointError(f"no source for {name!r}: give a model folder, or name one for this component")
+    is_component = override is not None and (
+        override.pattern != "" or (Path(override.path_or_id).expanduser() / config).is_file()
+    )
+    folder = resolve(source if is_component else source.within(f"{name}/"))
+    if not (folder / config).is_file():
+        raise CheckpointError(f"{folder / config}: no such file; is {folder} a {name} in diffusers layout?")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: not a readable JSON file ({e})") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def load_module(build: Callable[[], M], folder: Path, dtype: torch.dtype, device: torch.device) -> M:
+    """Build a module without its random weights, fill it from `folder` (exactly its tensors), and freeze it."""
+    with torch.device("meta"):
+        module = build()
+    assert not list(module.buffers()), "a buffer would stay uninitialised"
+    nn.Module.to(module, dtype)  # not the module's own `to`: diffusers warns there
+    load_full(module.to_empty(device=device), folder, dtype)
+    return freeze(module)
+
+
+def freeze(module: M) -> M:
+    """Put a module into eval mode, without gradients."""
+    return module.requires_grad_(False).eval()
+
+
+def load_qwen_image_vae(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load an `AutoencoderKLQwenImage` of diffusers."""
+    from diffusers import AutoencoderKLQwenImage
+
+    config = read_json(folder / "config.json")
+    return load_module(lambda: AutoencoderKLQwenImage.from_config(config), folder, dtype, device)
+
+
+def load_qwen_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a `Qwen2_5_VLForConditionalGeneration` of transformers; CheckpointError if weights are absent or damaged."""
+    from safetensors import SafetensorError
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    try:
+        model, report = load(folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise CheckpointError(f"{folder}: not a loadable text encoder ({e})") from e
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise CheckpointError(f"{folder}: {len(names)} tensors are missing from the text encoder: {names[:5]}")
+    return freeze(model).to(device)
+
+
+def load_tokenizer(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a tokenizer of transformers, without running code from the folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{folder}: not a loadable tokenizer ({e})") from e
+
+
+def load_scheduler_config(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Load the scheduler's settings, which are all that the sampler needs of it."""
+    return read_json(folder / "scheduler_config.json")

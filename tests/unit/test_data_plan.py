@@ -1,0 +1,152 @@
+"""The laws of the plan: order, partition, budget, and independence of the world size."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dstrain.data import Draw, Plan
+from dstrain.errors import ConfigError
+
+WORLDS = (1, 2, 3, 4, 8)
+
+
+def make(tokens: list[int] | np.ndarray, world_size: int = 2, **options: int) -> Plan:
+    settings_ = {"seed": 0, "global_batch_size": 8, "tokens_per_pack": 100} | options
+    return Plan(np.asarray(tokens, np.int64), world_size=world_size, **settings_)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, int]]:
+    n = draw(st.integers(1, 60))
+    batch = draw(st.integers(1, n))
+    budget = draw(st.integers(1, 300))
+    tokens = draw(st.lists(st.integers(1, budget), min_size=n, max_size=n))
+    return np.array(tokens), {"seed": draw(st.integers(0, 2**64 - 1)), "global_batch_size": batch, "tokens_per_pack": budget}
+
+
+@given(plans(), st.integers(0, 10**6))
+@settings(max_examples=120, deadline=None)
+def test_a_step_is_a_partition_within_the_budget(case: tuple[np.ndarray, dict[str, int]], step: int) -> None:
+    tokens, options = case
+    size, budget = options["global_batch_size"], options["tokens_per_pack"]
+    batches = []
+    for world_size in (world for world in WORLDS if world <= size):
+        plan = Plan(tokens, world_size=world_size, **options)
+        micros = plan.step(step)
+        packs = [pack for micro in micros for pack in micro]
+        loads = [sum(int(tokens[row]) for _, row in pack) for pack in packs]
+        assert all(len(micro) == world_size for micro in micros)
+        assert max(loads) <= budget
+        assert loads == sorted(loads, reverse=True)
+        assert all(packs) or len(packs) > size  # non-empty whenever there are samples enough
+        assert all(packs) or size % world_size
+        assert len(micros) <= -(-size // world_size)
+        assert all(pack == sorted(pack) for pack in packs)
+        batches.append(sorted(draw for pack in packs for draw in pack))
+        assert batches[-1] == plan.batch(step)
+    assert all(batch == batches[0] for batch in batches)
+    assert [draw.draw for draw in batches[0]] == list(range(step * size, (step + 1) * size))
+
+
+@given(plans())
+@settings(max_examples=60, deadline=None)
+def test_each_row_comes_once_an_epoch(case: tuple[np.ndarray, dict[str, int]]) -> None:
+    tokens, options = case
+    plan = Plan(tokens, world_size=1, **options)
+    epochs = 3
+    steps = -(-epochs * plan.n // plan.global_batch_size)
+    rows = [draw.row for step in range(steps) for draw in plan.batch(step)]
+    for epoch in range(epochs):
+        assert sorted(rows[epoch * plan.n : (epoch + 1) * plan.n]) == list(range(plan.n))
+
+
+@given(plans(), st.lists(st.integers(0, 50), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_a_step_does_not_depend_on_what_was_asked_before(case: tuple[np.ndarray, dict[str, int]], steps: list[int]) -> None:
+    tokens, options = case
+    used = Plan(tokens, world_size=1, **options)
+    for step in steps:
+        assert used.step(step) == Plan(tokens, world_size=1, **options).step(step)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    plan = make([1] * 64, global_batch_size=64)
+    orders = [tuple(row for _, row in plan.batch(epoch)) for epoch in range(3)]
+    orders.append(tuple(row for _, row in make([1] * 64, global_batch_size=64, seed=1).batch(0)))
+    assert len(set(orders)) == 4 and tuple(range(64)) not in orders
+
+
+def test_a_batch_may_reach_into_the_next_epoch() -> None:
+    plan = make([1] * 10, global_batch_size=8)
+    batch = plan.batch(1)  # places 8 to 15: two of epoch 0, six of epoch 1
+    first = {row for _, row in plan.batch(0)}
+    assert {row for _, row in batch[:2]} == set(range(10)) - first
+    assert len({row for _, row in batch[2:]}) == 6
+    assert [draw for draw, _ in batch] == list(range(8, 16))
+
+
+def test_the_number_of_micro_steps_is_the_least_that_fits() -> None:
+    tokens = [60, 50, 40, 30, 10, 10]  # 200 in all
+    for budget, world_size, micros in [(200, 1, 1), (199, 1, 2), (100, 2, 1), (100, 1, 2), (60, 1, 4), (60, 2, 2), (60, 4, 1)]:
+        plan = make(tokens, world_size, global_batch_size=6, tokens_per_pack=budget)
+        assert len(plan.step(0)) == micros, (budget, world_size)
+
+
+def test_longest_first_balances_the_ranks() -> None:
+    tokens = np.random.default_rng(0).integers(200, 4500, 512)
+    plan = make(tokens, 8, global_batch_size=256, tokens_per_pack=33000)
+    micros = plan.step(0)
+    for micro in micros:
+        loads = [int(tokens[[row for _, row in pack]].sum()) for pack in micro]
+        assert max(loads) - min(loads) <= 0.03 * max(loads)
+    assert len(micros) == -(-int(tokens[[row for _, row in plan.batch(0)]].sum()) // (8 * 33000))
+
+
+def test_the_plan_does_not_change_from_version_to_version() -> None:
+    """A run must continue after an upgrade: these rows are fixed."""
+    plan = make([10, 20, 30, 40, 50, 60, 70, 80], 2, seed=7, global_batch_size=4, tokens_per_pack=100)
+    assert plan.step(3) == GOLDEN
+
+
+GOLDEN: list[list[list[Draw]]] = []
+
+
+def test_any_step_is_reached_at_once() -> None:
+    plan = make(np.full(200_000, 100), 4, global_batch_size=64, tokens_per_pack=4000)
+    plan.step(0)
+    start = time.perf_counter()
+    for step in (1, 1500, 3124, 7):
+        plan.step(step)
+    near = time.perf_counter() - start
+    assert near < 0.2  # the same epoch: no order is made again
+    assert plan.step(10**9) == make(np.full(200_000, 100), 4, global_batch_size=64, tokens_per_pack=4000).step(10**9)
+
+
+def test_samples_and_batches_go_together() -> None:
+    rows = Counter(row for step in range(10) for _, row in make([5] * 20, 4, global_batch_size=10).batch(step))
+    assert set(rows.values()) == {5}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "world_size", "options", "message"),
+    [
+        ([5] * 7, 2, {}, "the shards hold 7 usable samples, fewer than global_batch_size = 8"),
+        ([5] * 20, 9, {}, "global_batch_size = 8 leaves some of 9 ranks without a sample; give at least 9"),
+        ([5] * 20 + [101, 300], 2, {}, "2 of 22 samples have more tokens than tokens_per_pack = 100; give at least 300"),
+        ([], 1, {"global_batch_size": 1}, "the shards hold 0 usable samples"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tokens: list[int], world_size: int, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(tokens, world_size, **options)
+
+
+def test_packs_outnumber_samples_only_when_the_batch_does_not_divide() -> None:
+    assert make([100] * 5, 2, global_batch_size=5).step(0)[-1][-1] == []
+    assert all(pack for micro in make([100] * 6, 2, global_batch_size=6).step(0) for pack in micro)
