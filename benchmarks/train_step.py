@@ -5,8 +5,9 @@
     python benchmarks/train_step.py --layers 2 --heads 4          # plain PyTorch, what the engine is compared with
 
 Every figure is the median, least and greatest of the repeats after the warm-up. The step is timed as a whole, without
-a synchronisation inside; its parts are timed in repeats of their own, since waiting for the device between them
-hides nothing behind anything. Latents and prompt embeddings are random and ready: data and encoding are not in it.
+a synchronisation inside; its parts are timed in repeats of their own, since waiting for the device between them takes
+away overlap, so their sum can exceed the step. Latents and prompt embeddings are random and ready: reading data and
+encoding are not in it.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from dstrain.models.packing import PackLayout
-from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams, forward_flops
+from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 from dstrain.tracking.metrics import Throughput, device_name, memory
 
 
@@ -50,8 +51,8 @@ class Engine(Protocol):
     def forward(self, pack: Pack) -> Tensor:
         """Return the scalar loss of a pack."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add to the gradients."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add to the gradients; `last` marks the last micro-step of the step."""
 
     def step(self) -> None:
         """Clip, step the optimizer, clear the gradients."""
@@ -68,7 +69,7 @@ class PlainEngine:
         velocity = self.model(pack.latents, pack.prompt_embeds, pack.sigmas, pack.layout)
         return F.mse_loss(velocity.float(), pack.target)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         (loss / self.micro_steps).backward()
 
     def step(self) -> None:
@@ -84,9 +85,9 @@ def make_engine(args: argparse.Namespace, params: QwenImageParams, device: torch
         model = QwenImageDiT(params).to(device)
         model.activation_checkpointing = args.activation_checkpointing
         return PlainEngine(model, args.micro_steps)
-    # TODO(owner): build the engine with dstrain.engine: start the ranks (also alone, under plain python), read
-    # args.ds_config, build QwenImageDiT(params) under zero.Init with args.activation_checkpointing, set
-    # train_micro_batch_size_per_gpu and args.micro_steps accumulation steps, and return it behind `Engine`.
+    # TODO: wire in dstrain.engine: start the ranks (also alone, under plain python), complete args.ds_config for
+    # args.micro_steps packs a rank, build QwenImageDiT(params) through build_engine, set activation_checkpointing to
+    # args.activation_checkpointing, and return an `Engine` whose forward is PlainEngine's loss.
     raise NotImplementedError("make_engine: the DeepSpeed engine is not wired in yet")
 
 
@@ -170,7 +171,7 @@ def measure(
             t0 = now(device)
             loss = engine.forward(pack)
             t1 = now(device)
-            engine.backward(loss)
+            engine.backward(loss, last=pack is packs[-1])
             t2 = now(device)
             forward, backward = forward + t1 - t0, backward + t2 - t1
         engine.step()
@@ -182,7 +183,7 @@ def measure(
 
 def whole_step(engine: Engine, packs: Sequence[Pack]) -> None:
     for pack in packs:
-        engine.backward(engine.forward(pack))
+        engine.backward(engine.forward(pack), last=pack is packs[-1])
     engine.step()
 
 
@@ -218,27 +219,24 @@ def report(
 ) -> dict[str, Any]:
     """Turn the seconds of this rank, whose collectives all ranks share, into the figures of the whole job."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    with torch.device("meta"):
+        model = QwenImageDiT(params)
     layout = random_pack(args, params, torch.device("cpu"), seed=0).layout
     packs = args.micro_steps * world_size
-    work = (packs * args.samples, packs * layout.tokens, packs * 3 * forward_flops(params, layout))
+    work = (packs * args.samples, packs * layout.tokens, packs * 3 * model.forward_flops(layout))
     throughput = Throughput.of(device, world_size)
     rates = [throughput(step, *work) for step in seconds["step_s"]]
     return {
         "engine": "plain PyTorch, fp32" if args.ds_config is None else f"DeepSpeed, {args.ds_config}",
         "world_size": world_size,
         "workload": {k: v for k, v in vars(args).items() if k not in ("ds_config", "out", "local_rank")},
-        "model": asdict(params) | {"parameters": parameter_count(params)},
+        "model": asdict(params) | {"parameters": sum(p.numel() for p in model.parameters())},
         "step": dict(zip(("samples", "tokens", "train_flops"), work, strict=True)),
         **{name: summary([rate[name] for rate in rates]) for name in rates[0]},
         **{name: summary(values) for name, values in seconds.items()},
         **worst_memory(device, world_size),
         "machine": machine(device),
     }
-
-
-def parameter_count(params: QwenImageParams) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in QwenImageDiT(params).parameters())
 
 
 def worst_memory(device: torch.device, world_size: int) -> dict[str, float]:

@@ -100,7 +100,7 @@ class TrainConfig:
 
     steps: int = knob(..., "optimizer steps of the whole run", low=1)
     save_every: int = knob(500, "steps between checkpoints; the last step is always saved", low=1)
-    keep_checkpoints: int = knob(2, "newest checkpoints to keep", low=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints to keep", low=2)
     export: bool = knob(True, "write diffusers safetensors at the end")
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from emoji import read_captions
+from tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-
-from tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX
 
 HIDDEN = 128
 MIN_DISTANCE = 0.3  # between two captions, of the embeddings' own length
@@ -107,7 +106,9 @@ def main() -> None:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32).eval()
     captions = list(read_captions().values())
     distance, i, j = nearest([embed(model, tokenizer, caption) for caption in captions])
-    log.info("%d parameters; nearest captions: %r, %r at %.2f", model.num_parameters(), captions[i], captions[j], distance)
+    log.info(
+        "%d parameters; nearest captions: %r, %r at %.2f", model.num_parameters(), captions[i], captions[j], distance
+    )
     assert distance > MIN_DISTANCE, "two captions are too close to tell apart"
 
 

@@ -9,6 +9,7 @@ Any other text still has a tokenization, of more and shorter pieces.
 """
 
 import argparse
+import itertools
 import json
 import logging
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ def applied_merges(piece: str, ranks: dict[tuple[str, str], int]) -> Iterable[tu
     """Yield the merges that byte-pair encoding applies to `piece`, best rank first."""
     parts = list(piece)
     while True:
-        best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, len(ranks)), default=None)
+        best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)), default=None)
         if best not in ranks:
             return
         yield best
@@ -108,7 +109,12 @@ def main() -> None:
     (args.out / "tokenizer.json").write_text(json.dumps(pruned, ensure_ascii=False, separators=(",", ":")) + "\n")
     (args.out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     verify(Qwen2Tokenizer.from_pretrained(args.out), Tokenizer.from_str(json.dumps(source)), texts)
-    log.info("%d tokens, of which %d special; %d texts verified", len(pruned["model"]["vocab"]) + len(ids), len(ids), len(texts))
+    log.info(
+        "%d tokens, of which %d special; %d texts verified",
+        len(pruned["model"]["vocab"]) + len(ids),
+        len(ids),
+        len(texts),
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dstrain.engine.ds_config import stage
+from dstrain.models.base import DiT
 
 Fill = Callable[[str, torch.Size, int, int], Tensor]
 
@@ -20,14 +21,14 @@ class Engine:
     in as many micro-steps as it likes as long as all ranks take equally many.
     """
 
-    def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(self, module: DiT, config: dict[str, Any]) -> None:
         self.config = config
         self.ds, *_ = deepspeed.initialize(
             model=module, model_parameters=list(_parameter_groups(module, config)), config=config
         )
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> DiT:
         """The module itself; under stage 3 its parameters are shards."""
         return self.ds.module
 
@@ -64,7 +65,7 @@ class Engine:
         return {name: getattr(p, "ds_shape", p.shape) for name, p in self.module.named_parameters()}
 
 
-def build_engine(make: Callable[[], nn.Module], fill: Fill, config: dict[str, Any], device: torch.device) -> Engine:
+def build_engine(make: Callable[[], DiT], fill: Fill, config: dict[str, Any], device: torch.device) -> Engine:
     """Build the module, give it its weights and wrap it.
 
     Args:

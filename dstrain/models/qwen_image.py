@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dstrain.errors import ConfigError
 from dstrain.kernels.attention import packed_attention
+from dstrain.models.base import DiT
 from dstrain.models.packing import PackLayout
 
 Gelu = Literal["tanh", "sigmoid"]
@@ -65,14 +66,14 @@ class QwenImageParams:
         return self.num_attention_heads * self.attention_head_dim
 
 
-class QwenImageDiT(nn.Module):
+class QwenImageDiT(DiT):
     """velocity = DiT(noisy latents, prompt embeddings, sigma), for every sample of a pack at once."""
 
     def __init__(self, params: QwenImageParams, *, gelu: Gelu = "tanh") -> None:
         super().__init__()
         self.params = params
-        self.activation_checkpointing = False
-        D = params.width
+        self.width = D = params.width
+        self.depth = params.num_layers
         self.time_text_embed = TimeEmbedding(D)
         self.txt_norm = nn.RMSNorm(params.joint_attention_dim, eps=EPS)
         self.img_in = nn.Linear(params.in_channels, D)
@@ -108,6 +109,17 @@ class QwenImageDiT(nn.Module):
             else:
                 txt, img = block(txt, img, cond, rotary, layout)
         return self.proj_out(self.norm_out(img, cond, layout.image_sample))
+
+    def forward_flops(self, layout: PackLayout) -> int:
+        """Count exactly: both streams, joint bidirectional attention, modulation once a sample."""
+        p, D, L, N = self.params, self.width, self.depth, len(layout)
+        image, text = sum(layout.image_lens), sum(layout.text_lens)
+        linear = L * 24 * D * D * (image + text)  # 4 D^2 attention + 8 D^2 perceptron weights a token
+        modulation = L * 24 * D * D * N
+        attention = L * 4 * D * sum(n * n for n in layout.joint_lens)
+        ends = 2 * D * (image * (p.in_channels + p.patch_size**2 * p.out_channels) + text * p.joint_attention_dim)
+        time = 2 * N * (TIME_CHANNELS * D + D * D + 2 * D * D)
+        return linear + modulation + attention + ends + time
 
     def initial(self, name: str, shape: torch.Size) -> tuple[float, float]:
         """Mean and standard deviation of a tensor at the start of training from scratch.
@@ -261,6 +273,9 @@ class AdaLayerNormOut(nn.Module):
         return modulated_norm(x, shift, scale, of_sample)
 
 
+QwenImageDiT.block_class = QwenImageBlock
+
+
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, of_sample: Tensor) -> Tensor:
     """LayerNorm without affine, then (1 + scale) x + shift with the row of each token's sample.
 
@@ -285,19 +300,3 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-def forward_flops(params: QwenImageParams, layout: PackLayout) -> int:
-    """Multiply-adds x 2 of one forward over a pack, exactly: both streams, joint bidirectional attention.
-
-    Training takes three times as much (backward twice the forward), without recomputation.
-    """
-    D, L, N = params.width, params.num_layers, len(layout)
-    image, text = sum(layout.image_lens), sum(layout.text_lens)
-    linear = L * 24 * D * D * (image + text)  # 4 D^2 attention + 8 D^2 perceptron weights a token
-    modulation = L * 24 * D * D * N
-    attention = L * 4 * D * sum(n * n for n in layout.joint_lens)
-    ends = 2 * D * (image * (params.in_channels + params.patch_size**2 * params.out_channels))
-    ends += 2 * D * params.joint_attention_dim * text
-    time = 2 * N * (TIME_CHANNELS * D + D * D + 2 * D * D)
-    return linear + modulation + attention + ends + time

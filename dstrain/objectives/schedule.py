@@ -15,7 +15,7 @@ from dstrain.errors import ConfigError
 Number = TypeVar("Number", float, Tensor)
 
 TRAIN_STEPS = 1000
-SMALLEST = 2.0**-24  # a drawn sigma is never 0: there a velocity cannot be told from the sample alone
+SMALLEST = 2.0**-24  # drawn sigmas lie in (0, 1]
 MODE_SCALE_MAX = 2 / (math.pi - 2)  # past it the mode density's quantile function is no longer monotonic
 
 
@@ -25,7 +25,7 @@ def shift_exponential(sigmas: Tensor, mu: float | Tensor) -> Tensor:
     The same as a constant shift of e^mu (Esser et al., arXiv:2403.03206, section 5.3.2); 0 changes nothing.
     """
     odds = torch.exp(torch.as_tensor(mu, dtype=torch.float64, device=sigmas.device))
-    return odds / (odds + 1 / sigmas - 1)
+    return odds / (odds + (1 / sigmas - 1))  # so bracketed, 1 stays exactly 1
 
 
 def shift_constant(sigmas: Tensor, shift: float) -> Tensor:
@@ -99,12 +99,12 @@ def grid_quantile(u: Tensor, grid: Tensor) -> Tensor:
 
 
 def logit_normal_quantile(u: Tensor, mean: float, std: float) -> Tensor:
-    """The log-odds of sigma are normal (Esser et al., arXiv:2403.03206, equation 19)."""
+    """The log-odds of sigma are normal (Esser et al., arXiv:2403.03206, section 3.1)."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u.double()))
 
 
 def mode_quantile(u: Tensor, scale: float) -> Tensor:
-    """Heavier about the middle for scale > 0, at the ends for scale < 0 (arXiv:2403.03206, equation 20)."""
+    """Heavier about the middle for scale > 0, at the ends for scale < 0 (arXiv:2403.03206, section 3.1)."""
     u = u.double()
     return u - scale * (torch.sin(math.pi / 2 * u) ** 2 - u)
 

@@ -4,14 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.errors import CheckpointError, ConfigError, did_you_mean
 from dstrain.models.packing import PackLayout, Shape
-from dstrain.models.qwen_image import Gelu
 from dstrain.pipelines.components import (
     INDEX,
     Loader,
@@ -25,6 +24,7 @@ from dstrain.pipelines.graph import UnitGraph
 from dstrain.pipelines.unit import Unit
 from dstrain.registry import Registry
 
+Gelu = Literal["tanh", "sigmoid"]
 CONFIG_FILES = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
 
 
@@ -66,7 +66,8 @@ class Pipeline(ABC):
     ) -> None:
         self.device, self.gelu = device, gelu
         self.graph = UnitGraph(self.units(caption_dropout, seed), self.given)
-        self._root: ModelSource | None = None
+        self.root: ModelSource | None = None
+        self.index: Path | None = None  # the model_index.json that was read, if there is one
         self._overrides: dict[str, ModelSource] = {}
 
     @classmethod
@@ -107,8 +108,8 @@ class Pipeline(ABC):
                 )
         pipeline._overrides = {k: _source(v) for k, v in (components or {}).items()}
         if source is not None:
-            pipeline._root = _source(source)
-            pipeline._check_index(pipeline._root)
+            pipeline.root = _source(source)
+            pipeline._check_index(pipeline.root)
         for name in names if load is None else load:
             if name == "transformer":
                 folder = pipeline.folder(name)
@@ -119,18 +120,19 @@ class Pipeline(ABC):
         return pipeline
 
     def folder(self, name: str) -> Path:
-        """Return the local folder of a component, fetched from the hub if need be; CheckpointError if it has no config."""
+        """Return the local folder of a component, fetched if it is on the hub; CheckpointError if it has no config."""
         config = CONFIG_FILES.get(name, "config.json")
-        return component_folder(name, config, self._root, self._overrides.get(name))
+        return component_folder(name, config, self.root, self._overrides.get(name))
 
     def _check_index(self, root: ModelSource) -> None:
         path = resolve(root.within(INDEX)) / INDEX
         found = read_json(path).get("_class_name")
         if found != self.class_name:
             raise CheckpointError(f"{path}: _class_name is {found!r}, this family reads {self.class_name!r}")
+        self.index = path
 
     def encode(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Run all units on a batch (the names of `given`, one entry a sample), without gradients: encoders are frozen."""
+        """Run all units, without gradients, on a batch that holds the names of `given` with one entry a sample."""
         with torch.no_grad():
             return self.graph.run(self, batch)
 

@@ -24,8 +24,9 @@ INDEX = "model_index.json"
 class ModelSource:
     """A folder or a hub id, and which of its files to take.
 
-    `pattern` names a sub-folder ("vae", "vae/") or files in one, as a glob ("vae/*.safetensors"). It chooses what is
-    fetched from the hub; what is loaded is the whole sub-folder, since weights need the config beside them.
+    `pattern` names a sub-folder ("vae", "vae/") or files in one, as a glob ("vae/*.safetensors"); a name with a dot is
+    a file unless a / ends it. It chooses what is fetched from the hub; what is loaded is the whole sub-folder, since
+    weights need the config beside them.
     """
 
     path_or_id: str
@@ -37,7 +38,7 @@ class ModelSource:
         path_or_id, _, pattern = text.rpartition(":")
         if not path_or_id or Path(text).expanduser().exists():
             return cls(text)
-        return cls(path_or_id, pattern)
+        return cls(path_or_id, pattern.lstrip("/"))
 
     def within(self, name: str) -> "ModelSource":
         """Return the source of what lies at `name` in this one's sub-folder."""
@@ -72,14 +73,14 @@ def resolve(source: ModelSource) -> Path:
     command that fetches it.
     """
     base = Path(source.path_or_id).expanduser()
-    hint = ""
+    hint = "a model folder in diffusers layout is needed"
     if not base.is_dir():
         if not HUB_ID.fullmatch(source.path_or_id):
-            raise CheckpointError(f"{base}: no such folder, and not a hub id either (org/name)")
+            raise CheckpointError(f"{source}: no such folder, and not a hub id either (org/name)")
         base = _fetch(source)
-        hint = f"; {_how_to_fetch(source)}"
+        hint = _how_to_fetch(source)
     if source.pattern and not any(base.glob(source.pattern.strip("/"))):
-        raise CheckpointError(f"{base / source.pattern}: no such file{hint}")
+        raise CheckpointError(f"{base / source.pattern}: no such file; {hint}")
     return base / source.sub_folder
 
 
@@ -89,9 +90,8 @@ def _fetch(source: ModelSource) -> Path:
     try:
         return Path(snapshot_download(source.path_or_id, allow_patterns=source.globs))
     except (OSError, ValueError) as e:  # what the hub raises derives from these two
-        reason = str(e).strip().split("\n")[0]
         raise CheckpointError(
-            f"{source.path_or_id}: no such folder, and the hub did not give it ({type(e).__name__}: {reason});"
+            f"{source.path_or_id}: no such folder, and the hub did not give it ({_one_line(e)});"
             f" {_how_to_fetch(source)}"
         ) from e
 
@@ -99,6 +99,10 @@ def _fetch(source: ModelSource) -> Path:
 def _how_to_fetch(source: ModelSource) -> str:
     includes = " ".join(f"--include '{glob}'" for glob in source.globs)
     return f"where there is network, run `hf download {source.path_or_id} {includes}`, or give a local folder"
+
+
+def _one_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 def component_folder(name: str, config: str, root: ModelSource | None, override: ModelSource | None) -> Path:
@@ -146,27 +150,46 @@ def freeze(module: M) -> M:
 
 
 def load_qwen_image_vae(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load an `AutoencoderKLQwenImage` of diffusers."""
-    from diffusers import AutoencoderKLQwenImage
+    """Load an `AutoencoderKLQwenImage` of diffusers; CheckpointError if it is another or incomplete."""
+    from diffusers import AutoencoderKLQwenImage as VAE
 
-    config = read_json(folder / "config.json")
-    return load_module(lambda: AutoencoderKLQwenImage.from_config(config), folder, dtype, device)
+    path = folder / "config.json"
+    config = read_json(path)
+    _check_class(path, config.get("_class_name"), VAE.__name__)
+    try:
+        vae = load_module(lambda: VAE.from_config(config), folder, dtype, device)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: not a usable config ({_one_line(e)})") from e
+    for key in ("latents_mean", "latents_std"):
+        if len(vae.config[key]) != vae.config.z_dim:
+            raise CheckpointError(f"{path}: {key} has {len(vae.config[key])} values for z_dim {vae.config.z_dim}")
+    return vae
 
 
 def load_qwen_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load a `Qwen2_5_VLForConditionalGeneration` of transformers; CheckpointError if weights are absent or damaged."""
+    """Load a `Qwen2_5_VLForConditionalGeneration` of transformers; CheckpointError if it is another or incomplete."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration as Encoder
 
-    load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    path = folder / "config.json"
+    _check_class(path, next(iter(read_json(path).get("architectures") or [None])), Encoder.__name__)
+    load: Any = Encoder.from_pretrained
+    options = {"local_files_only": True, "use_safetensors": True}
     try:
-        model, report = load(folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: not a loadable text encoder ({e})") from e
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise CheckpointError(f"{folder}: {len(names)} tensors are missing from the text encoder: {names[:5]}")
+        # Mismatched sizes are let through because the report tells their names, and the exception does not.
+        model, report = load(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as e:
+        raise CheckpointError(f"{folder}: not a loadable text encoder ({_one_line(e)})") from e
+    for kind in ("missing", "mismatched"):
+        if names := sorted(map(str, report[f"{kind}_keys"])):
+            raise CheckpointError(f"{folder}: {len(names)} {kind} tensors in the text encoder: {', '.join(names[:5])}")
     return freeze(model).to(device)
+
+
+def _check_class(path: Path, found: object, needed: str) -> None:
+    if found != needed:
+        raise CheckpointError(f"{path}: describes {found!r}, this family needs {needed!r}")
 
 
 def load_tokenizer(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -176,7 +199,7 @@ def load_tokenizer(folder: Path, dtype: torch.dtype, device: torch.device) -> An
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
-        raise CheckpointError(f"{folder}: not a loadable tokenizer ({e})") from e
+        raise CheckpointError(f"{folder}: not a loadable tokenizer ({_one_line(e)})") from e
 
 
 def load_scheduler_config(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dstrain.errors import ConfigError
 
 PEAK_VARIABLE = "DSTRAIN_PEAK_TFLOPS"
 GIB = 2**30
+SIGMA_BINS = 4
 
 # Peak dense bf16 rate with fp32 accumulation, in TFLOP/s, from the makers' data sheets (which print twice as much,
 # for sparse matrices). The entry with the most words that all occur in the device's name counts.
@@ -112,22 +113,22 @@ def memory(device: torch.device) -> dict[str, float]:
     return peaks
 
 
-def loss_by_sigma(losses: Tensor, sigmas: Tensor, bins: int = 4) -> dict[str, float]:
-    """Return the mean loss of the samples in each of `bins` equal ranges of sigma, from clean to noise.
+def sigma_bins(losses: Tensor, sigmas: Tensor) -> Tensor:
+    """Return sums of losses and counts of samples in `SIGMA_BINS` equal ranges of sigma, from clean to noise.
 
-    The loss at a noise level says more than the mean over all levels, which is mostly the luck of the draw.
+    The loss at a noise level says more than the mean over all levels, which is mostly the luck of the draw. Sums and
+    counts, so that they add up over packs and ranks.
 
     Args:
-        losses: [N] per-sample losses; pass those of all ranks for the mean over the global batch.
+        losses: [N] per-sample losses.
         sigmas: [N] noise levels in [0, 1].
-        bins: number of ranges.
 
     Returns:
-        "loss_sigma_0" up to "loss_sigma_{bins - 1}", without the ranges that no sample fell into.
+        [2, SIGMA_BINS] fp64: sums, counts.
     """
-    place = (sigmas.detach().float().cpu() * bins).long().clamp(0, bins - 1)  # [N]
-    losses = losses.detach().double().cpu()
-    return {f"loss_sigma_{b}": losses[place == b].mean().item() for b in place.unique().tolist()}
+    place = (sigmas.float() * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)  # [N]
+    rows = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)])  # [2, N]
+    return torch.zeros(2, SIGMA_BINS, dtype=torch.float64).index_add(1, place, rows)
 
 
 def _peak_rss() -> int:

@@ -113,10 +113,11 @@ def _picture_strip(
         x, y = place + (cell - picture.width) // 2, height - picture.height
         strip.paste(picture, (x, y))
         draw.rectangle((x, y, x + picture.width - 1, y + picture.height - 1), outline=FAINT)
-    label = Image.new("RGB", (round(font.getlength(name)) + 2, 20), "white")
-    ImageDraw.Draw(label).text((1, 1), name, font=font, fill=GREY)
-    upward = label.transpose(Image.Transpose.ROTATE_90)
-    strip.paste(upward, (MARGIN, (height - upward.height) // 2))
+    if name:
+        label = Image.new("RGB", (round(font.getlength(name)) + 2, 20), "white")
+        ImageDraw.Draw(label).text((1, 1), name, font=font, fill=GREY)
+        upward = label.transpose(Image.Transpose.ROTATE_90)
+        strip.paste(upward, (MARGIN, (height - upward.height) // 2))
     return strip
 
 

@@ -80,10 +80,13 @@ def test_pixels_are_kept_where_nothing_is_scaled() -> None:
     assert np.array_equal(decode(data, ANY).permute(1, 2, 0).numpy(), pixels[1:49, :, :])
 
 
-def test_scaling_keeps_the_centre() -> None:
+@pytest.mark.parametrize("upright", [True, False])
+def test_scaling_keeps_the_centre(upright: bool) -> None:
     pixels = np.zeros((200, 333, 3), np.uint8)
     pixels[90:110, 156:177] = 255
+    pixels = pixels if upright else pixels.transpose(1, 0, 2).copy()
     image = decode(image_bytes(Image.fromarray(pixels)), 20000)[0].double()
+    assert min(image.shape) == 96 and max(image.shape) == 176  # the shorter side is cut
     weight = image / image.sum()
     y, x = torch.meshgrid(*(torch.arange(n) + 0.5 for n in image.shape), indexing="ij")
     assert abs(float((weight * y).sum()) - image.shape[0] / 2) < 0.3
@@ -157,11 +160,29 @@ def test_orientation_is_applied_to_scaled_pictures() -> None:
 
 
 @pytest.mark.parametrize(
-    "exif", [b"", b"II", b"XX*\0" + b"\0" * 40, b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03\0\0\0\x01\0\x63"]
+    "exif",
+    [
+        b"",
+        b"II",
+        b"XX*\0" + b"\0" * 40,
+        b"II*\0\xff\xff\xff\xff",
+        b"MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03\0\0\0\x01\0\x63",
+    ],
 )
 def test_nonsense_exif_means_upright(exif: bytes) -> None:
     data = png_of(16, 32, chunk(b"eXIf", exif), chunk(b"IDAT", zlib.compress(b"\0" + b"\0" * 16)))
     assert probe(data).orientation == 1
+
+
+def test_the_first_exif_block_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = image_bytes(Image.new("RGB", (32, 64)), "JPEG", exif=exif)
+    end = 4 + int.from_bytes(data[4:6], "big")  # of the first segment
+    second = data[2:end].replace(b"\x12\x01\x03\0\x01\0\0\0\x06", b"\x12\x01\x03\0\x01\0\0\0\x03")
+    second = second.replace(b"\x01\x12\0\x03\0\0\0\x01\0\x06", b"\x01\x12\0\x03\0\0\0\x01\0\x03")
+    assert second != data[2:end] and second[:2] == b"\xff\xe1"
+    assert probe(data[:end] + second + data[end:]).orientation == 6
 
 
 def test_animations_give_their_first_frame() -> None:
@@ -247,7 +268,9 @@ def test_bombs_are_refused_without_memory(side: int) -> None:
     webp = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (side - 1).to_bytes(3, "little") * 2
     bombs = [
         png_of(side, side, chunk(b"IDAT", rows)),
-        b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, side, side, 1) + b"\1\x11\0\xff\xda\0\x08\1\1\0\0\x3f\0\xff\xd9",
+        b"\xff\xd8\xff\xc0"
+        + struct.pack(">HBHHB", 11, 8, side, side, 1)
+        + b"\1\x11\0\xff\xda\0\x08\1\1\0\0\x3f\0\xff\xd9",
         b"RIFF" + struct.pack("<I", len(webp) + 4) + b"WEBP" + webp,
     ]
     tracemalloc.start()
@@ -261,4 +284,9 @@ def test_a_picture_whose_parts_disagree_about_its_size_is_refused() -> None:
     """A small canvas around a large frame would pass the limits by its header alone."""
     frame = image_bytes(Image.new("RGB", (640, 640), "red"), "WEBP", lossless=True)[12:]
     body = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (31).to_bytes(3, "little") * 2 + frame
-    assert refused(b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body) is Reason.IMAGE_DAMAGED
+    webp = b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+    second = chunk(b"IHDR", struct.pack(">IIBBBBB", 3200, 3200, 8, 0, 0, 0, 0))
+    png = png_of(32, 32, second, chunk(b"IDAT", zlib.compress(b"\0" * 3201 * 3200)))
+    for data in (webp, png):
+        assert probe(data).size == (32, 32)
+        assert refused(data) is Reason.IMAGE_DAMAGED

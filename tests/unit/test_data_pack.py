@@ -15,7 +15,6 @@ from data_samples import image_bytes, picture
 from PIL import Image
 
 from dstrain.data import open_dataset, pack
-from dstrain.data import pack as pack_function
 from dstrain.data.shards import SIDECAR
 from dstrain.errors import DataError
 
@@ -173,9 +172,7 @@ def test_tables(tmp_path: Path, suffix: str, image: str, caption: str) -> None:
     ]
     dataset = open_dataset([str(tmp_path / "out")], max_pixels=4096)
     assert [dataset.read(row)[1] for row in range(4)] == [row[caption] for row in rows[:4]]
-    assert list(dataset.keys) == ["00000000-two", "00000001-sub-one", "00000002-sub-one", "00000003-sub-two"] or (
-        dataset.keys[3].startswith("00000003-sub")
-    )
+    assert list(dataset.keys) == ["00000000-two", "00000001-sub-one", "00000002-sub-one", "00000003-sub-two"]
     pack(table, tmp_path / "out2")
     assert content(tmp_path / "out") == content(tmp_path / "out2")
 
@@ -183,7 +180,11 @@ def test_tables(tmp_path: Path, suffix: str, image: str, caption: str) -> None:
 def test_odd_values_in_json_tables_are_refused_by_row(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture(32, 32))
     rows = [{"image": ["a.png"], "prompt": "x"}, {"image": "a.png", "prompt": 5}, {"image": "a.png", "prompt": None}]
-    rows += [{"image": "a\0.png", "prompt": "x"}, {"image": "a.png", "prompt": "\ud800"}, {"image": "a.png", "prompt": "ok"}]
+    rows += [
+        {"image": "a\0.png", "prompt": "x"},
+        {"image": "a.png", "prompt": "\ud800"},
+        {"image": "a.png", "prompt": "ok"},
+    ]
     report = pack(write_table(tmp_path / "t.json", rows), tmp_path / "out")
     assert report.samples == 1
     assert [entry.reason for entry in report.refused] == [
@@ -234,7 +235,7 @@ def test_sources_that_hold_nothing(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             pack(tmp_path / source, tmp_path / "out")
-    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_out_must_be_a_new_place_that_can_be_written_to(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_out_must_be_a_new_place_that_can_be_written_to(tmp_path: Path) -> None:
         pack(source, tmp_path / "out")
     assert content(tmp_path / "out") == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="shards cannot be written to .*file/out: Not a directory"):
+    with pytest.raises(DataError, match=r"shards cannot be written to .*file/out: Not a directory"):
         pack(source, tmp_path / "file/out")
 
 
@@ -263,6 +264,6 @@ def test_a_full_disk_leaves_only_whole_shards(tmp_path: Path, monkeypatch: pytes
         add(self, *args)
 
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
-    with pytest.raises(DataError, match="cannot be written to .*out: No space left on device"):
+    with pytest.raises(DataError, match=r"cannot be written to .*out: No space left on device"):
         pack(source, tmp_path / "out", shard_samples=2)
     assert content(tmp_path / "out") == {whole.shards[0].name: whole.shards[0].read_bytes()}

@@ -6,6 +6,7 @@ import pickle
 import random
 import tarfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,9 @@ def test_captions(tmp_path: Path, name: str, data: bytes, caption: str) -> None:
 
 def test_text_comes_before_json_and_other_members_are_passed_over(tmp_path: Path) -> None:
     extra = [("a.json", b'{"caption": "json"}'), ("a.cls", b"5"), ("a.pkl", pickle.dumps(1)), ("__meta__.txt", b"x")]
-    path = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.txt", b"text"), *extra, ("README.md", b""), (".x.png", b"")])
+    path = write_tar(
+        tmp_path / "a.tar", [("a.png", PNG), ("a.txt", b"text"), *extra, ("README.md", b""), (".x.png", b"")]
+    )
     assert open_dataset([str(path)], max_pixels=1024).read(0)[1] == "text"
     assert left_out(path) == {}
 
@@ -138,7 +141,9 @@ def test_shards_of_webdataset_writers_are_read(tmp_path: Path) -> None:
     with webdataset.ShardWriter(str(tmp_path / "s-%04d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(6):
             picture_ = Image.open(io.BytesIO(picture(40, 50, seed=number)))
-            writer.write({"__key__": f"{number:06d}", "png": picture_, "txt": f"text {number}", "json": {"caption": "no"}})
+            writer.write(
+                {"__key__": f"{number:06d}", "png": picture_, "txt": f"text {number}", "json": {"caption": "no"}}
+            )
     dataset = open_dataset([str(tmp_path)], max_pixels=1 << 20)
     assert len(dataset) == 6 and len(dataset.shards) == 2
     for row in range(6):
@@ -240,7 +245,7 @@ def test_a_folder_that_cannot_be_written_to(
     path = write_tar(tmp_path / "a.tar", sample_members(3))
     monkeypatch.setattr(shards, "write_atomic", read_only)
     assert len(open_dataset([str(path)], max_pixels=1024)) == 3
-    assert os.listdir(tmp_path) == ["a.tar"]
+    assert list(tmp_path.iterdir()) == [path]
     assert "stays in memory (Permission denied)" in caplog.text
 
 
@@ -262,7 +267,13 @@ def test_rows_of_several_shards(tmp_path: Path) -> None:
 
 
 def test_pictures_too_narrow_for_the_limit_are_left_out(tmp_path: Path) -> None:
-    members = [("a.png", picture(320, 20)), ("a.txt", b"x"), ("b.png", picture(8, 300)), ("b.txt", b"x"), *sample_members(2)]
+    members = [
+        ("a.png", picture(320, 20)),
+        ("a.txt", b"x"),
+        ("b.png", picture(8, 300)),
+        ("b.txt", b"x"),
+        *sample_members(2),
+    ]
     path = write_tar(tmp_path / "a.tar", members)
     wide, tight = (open_dataset([str(path)], max_pixels=limit) for limit in (1 << 20, 1024))
     assert list(wide.keys) == ["a", "0000", "0001"] and list(tight.keys) == ["0000", "0001"]
@@ -325,10 +336,8 @@ def test_damage_never_makes_a_wrong_pair(tmp_path: Path, how: str) -> None:
         path.write_bytes(mutate(sound, how, rng))
         sidecar(path).unlink(missing_ok=True)
         for row in range(6):
-            try:
+            with suppress(DataError):
                 assert indexed.read(row) == (pictures[row], captions[row])
-            except DataError:
-                pass
         try:
             fresh = open_dataset([str(path)], max_pixels=1024)
         except DataError:
@@ -387,7 +396,11 @@ def test_entries_expand_in_order_and_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_members_that_other_readers_would_load_are_never_read(tmp_path: Path) -> None:
-    hostile = [("a.pyd", pickle.dumps(Payload())), ("a.pth", pickle.dumps(Payload())), ("a.npy", pickle.dumps(Payload()))]
+    hostile = [
+        ("a.pyd", pickle.dumps(Payload())),
+        ("a.pth", pickle.dumps(Payload())),
+        ("a.npy", pickle.dumps(Payload())),
+    ]
     path = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.txt", b"x"), *hostile, ("b.url", b"file:///etc/passwd")])
     dataset = open_dataset([str(path)], max_pixels=1024)
     assert dataset.read(0) == (PNG, "x")

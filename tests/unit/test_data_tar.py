@@ -43,7 +43,9 @@ def test_agrees_with_tarfile(tmp_path: Path, format: str) -> None:
     if format != "ustar":
         names += ["x/" * 70 + "long.png", "é" * 120 + ".txt", "ü.png"]
     path = write_tar(
-        tmp_path / "a.tar", [(name, b"z" * (300 * i) * (name != "empty.txt")) for i, name in enumerate(names)], FORMATS[format]
+        tmp_path / "a.tar",
+        [(name, b"z" * (300 * i) * (name != "empty.txt")) for i, name in enumerate(names)],
+        FORMATS[format],
     )
     with tarfile.open(path) as tar:
         expected = [Member(m.name, Kind.FILE, m.offset_data, m.size) for m in tar]

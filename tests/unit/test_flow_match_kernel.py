@@ -1,4 +1,4 @@
-"""The flow-matching kernels against plain PyTorch in fp64: in Triton's interpreter, or compiled where there is a GPU."""
+"""The flow-matching kernels against plain PyTorch in fp64: in Triton's interpreter, or compiled if there is a GPU."""
 
 import os
 import subprocess
@@ -22,7 +22,17 @@ CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_G
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="the interpreter is off where there is a GPU"))
 DEVICES = pytest.mark.parametrize("device", [CPU, CUDA])
 SHAPES = pytest.mark.parametrize(
-    ("counts", "channels"), [((1,), 64), ((1,), 5), ((33, 2, 7), 64), ((20, 1, 51), 16), ((7, 1, 9), 5), ((3, 2), 1)]
+    ("counts", "channels"),
+    [
+        ((1,), 64),
+        ((1,), 5),
+        ((33, 2, 7), 64),
+        ((20, 1, 51), 16),
+        ((7, 1, 9), 5),
+        ((9, 4), 7),
+        ((3, 2), 1),
+        ((1030, 3), 4),
+    ],
 )
 SEED = 2**40 + 3
 

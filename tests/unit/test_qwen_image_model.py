@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dstrain.errors import ConfigError
 from dstrain.models.packing import PackLayout
-from dstrain.models.qwen_image import GeluProjection, QwenImageDiT, QwenImageParams, forward_flops
+from dstrain.models.qwen_image import GeluProjection, QwenImageDiT, QwenImageParams
 
 TINY = {
     "num_layers": 3,
@@ -182,7 +182,7 @@ def test_flops_are_counted_exactly(pair):
     layout = PackLayout.build([[(1, 4, 4)], [(1, 3, 5)]], [7, 8])
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         ours(torch.randn(31, 64), torch.randn(15, 48), torch.tensor([0.5, 0.2]), layout)
-    assert counter.get_total_flops() == forward_flops(ours.params, layout)
+    assert counter.get_total_flops() == ours.forward_flops(layout)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def tiny_transformer(**changes: object) -> QwenImageTransformer2DModel:
     """A diffusers transformer whose parameters are all noise (its own zero biases would hide mistakes)."""
     model = QwenImageTransformer2DModel(**{**TRANSFORMER, **changes})
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.08)
+        torch.nn.init.normal_(p, std=0.1)
     return model
 
 
@@ -99,7 +99,7 @@ def tiny_text_encoder(vocab_size: int) -> Qwen2_5_VLForConditionalGeneration:
     tokens = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 0)
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
     for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.25)
     return model
 
 

@@ -1,0 +1,77 @@
+"""Train: deepspeed launch/train.py --ds_config ds_configs/zero3_offload.json --config launch/recipes/demo.yaml
+
+Runs the same under deepspeed, torchrun, srun and plain python, on GPUs (nccl) and CPUs (gloo).
+Exit codes: 0 finished, 1 failed, 2 refused (a recipe, ds_config, shard, model folder or checkpoint is not usable).
+"""
+
+import argparse
+import logging
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+from dstrain.config import describe, load_recipe
+from dstrain.errors import DstrainError, TrainingHalted
+
+log = logging.getLogger("dstrain")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `--help` lists every key of a recipe."""
+    keys = "\n".join(
+        textwrap.fill(f"{key} = {default}", 118, initial_indent="  ", subsequent_indent="      ")
+        + "\n"
+        + textwrap.fill(about, 118, initial_indent="      ", subsequent_indent="      ")
+        for key, default, about in describe()
+    )
+    parser = argparse.ArgumentParser(
+        description="Train a diffusion transformer.",
+        epilog=f"keys of a recipe, with their defaults:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--ds_config", type=Path, required=True, help="DeepSpeed JSON, e.g. ds_configs/zero3_offload.json"
+    )
+    parser.add_argument("--config", type=Path, required=True, help="recipe, e.g. launch/recipes/demo.yaml")
+    parser.add_argument(
+        "--resume", default="auto", help="auto (newest checkpoint of run_dir, default), never, or a checkpoint folder"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, say what would be done, and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, build, run."""
+    args = parse(argv)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
+    )
+    try:
+        recipe = load_recipe(args.config, args.overrides)
+        from dstrain.engine.ds_config import read_ds_config
+
+        ds_config = read_ds_config(args.ds_config)
+        from dstrain.engine import distributed
+        from dstrain.trainer import Trainer, prepare
+
+        job = prepare(recipe, args.ds_config, ds_config, distributed.environment_world()[2])
+        world = distributed.start()
+        trainer = Trainer(job, world, resume=args.resume)
+        if not args.dry_run:
+            trainer.run()
+        distributed.stop()
+    except DstrainError as e:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+            log.error("dstrain: error: %s", e)
+        return 1 if isinstance(e, TrainingHalted) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
