@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 from dstrain.config import describe, load_recipe
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check, build, run."""
     args = parse(argv)
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls names that torch has renamed
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dstrain.config import build, Recipe
+from dstrain.config import Recipe, build
 from dstrain.engine import distributed
 from dstrain.engine.ds_config import complete
 from dstrain.engine.engine import build_engine

@@ -1,7 +1,7 @@
 """ZeRO stages 0 to 3 on two real ranks follow plain PyTorch on the same global batches."""
 
 import pytest
-from launch import run_ranks
+from ranks import run_ranks
 
 CPU = {"device": "cpu"}
 STAGES = {

@@ -86,7 +86,9 @@ class FakeWandb:
         self.rows: list[tuple[int, dict]] = []
         self.finished = self.teardowns = 0
         self.hanging, self.release = threading.Event(), threading.Event()
-        self.run = SimpleNamespace(log=self.log, finish=self.finish, url="https://w/r", dir="/tmp/w/files")
+        self.run = SimpleNamespace(
+            log=self.log, finish=self.finish, url="https://w/r", dir="/runs/a/wandb/offline-run/files"
+        )
 
     def trouble(self, call: str) -> None:
         if call == self.hang:

@@ -1,0 +1,92 @@
+"""Small training runs for the tests: a model folder, shards of ragged pictures, a recipe, and a launch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+from tiny_models import tiny_model_folder
+
+from dstrain.data.pack import pack
+
+ROOT = Path(__file__).parents[2]
+SIZES = [(32, 32), (48, 32), (32, 64), (80, 48), (37, 50), (16, 96)]  # width, height
+
+
+def picture_folder(folder: Path, count: int = 24) -> Path:
+    """Pictures of several shapes with captions of several lengths."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        w, h = SIZES[i % len(SIZES)]
+        coarse = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((w, h)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text("a red cat " * (1 + i % 4) + str(i))
+    return folder
+
+
+def prepare_run(tmp: Path, **recipe: object) -> Path:
+    """Write model/, shards/ and recipe.yaml into `tmp`; returns the recipe's path."""
+    tiny_model_folder(tmp / "model")
+    pack(picture_folder(tmp / "pictures"), tmp / "shards", shard_samples=10)
+    tree = {
+        "run_dir": str(tmp / "run"),
+        "seed": 5,
+        "model": {"path": str(tmp / "model")},
+        "data": {"shards": [str(tmp / "shards")], "workers": 1, "caption_dropout": 0.2},
+        "batch": {"global_batch_size": 8, "tokens_per_pack": 64},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 1, "decay": "constant", "eps": 1e-4},
+        "train": {"steps": 4, "save_every": 2},
+        "tracking": {"wandb": "off"},
+        **recipe,
+    }
+    path = tmp / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """Of a launch on CPUs; what an outer launcher set is taken out."""
+    left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
+    env = {k: v for k, v in os.environ.items() if k not in left_out and not k.startswith("SLURM_")}
+    return env | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def launch(
+    recipe: Path, *overrides: str, ranks: int = 2, ds: str = "zero3_offload", launcher: str = "deepspeed", code: int = 0
+) -> str:
+    """Run launch/train.py and return its output; asserts its exit code."""
+    bin_dir = Path(sys.executable).parent
+    start = {
+        "deepspeed": [bin_dir / "deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()],
+        "torchrun": [bin_dir / "torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"],
+        "python": [sys.executable],
+    }[launcher]
+    ds_path = ds if ds.endswith(".json") else f"ds_configs/{ds}.json"
+    argv = [*start, "launch/train.py", "--ds_config", ds_path, "--config", recipe, *overrides]
+    done = subprocess.run(
+        [str(a) for a in argv], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == code, f"exit code {done.returncode} instead of {code}\n{output[-6000:]}"
+    return output
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[str]:
+    """Hex losses by step: equal strings are equal bits."""
+    return [float(row["loss"]).hex() for row in metrics(run_dir)]
