@@ -29,6 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
 
+from dstrain.config import Recipe, build
+from dstrain.engine import distributed, ds_config
+from dstrain.engine.engine import build_engine
 from dstrain.models.packing import PackLayout
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 from dstrain.tracking.metrics import Throughput, device_name, memory
@@ -78,6 +81,53 @@ class PlainEngine:
         self.optimizer.zero_grad()
 
 
+class ShardedEngine:
+    """The training engine under a ds_config, with random weights."""
+
+    def __init__(self, args: argparse.Namespace, params: QwenImageParams) -> None:
+        world = distributed.start()
+        self.scale = 1 / (args.micro_steps * world.size)
+        recipe = build(
+            Recipe,
+            {
+                "run_dir": "unused",
+                "model": {"path": "unused", "init": "random"},
+                "data": {"shards": ["unused"]},
+                "batch": {"global_batch_size": args.micro_steps * args.samples * world.size},
+                "train": {"steps": 1},
+            },
+            "benchmark",
+        )
+        config = ds_config.complete(
+            ds_config.read_ds_config(args.ds_config),
+            recipe,
+            world_size=world.size,
+            bf16=ds_config.uses_bf16(ds_config.read_ds_config(args.ds_config), distributed.has_fast_bf16(world.device)),
+            block_class=QwenImageDiT.block_class.__name__,
+            path=args.ds_config,
+        )
+
+        def make() -> QwenImageDiT:
+            model = QwenImageDiT(params)
+            model.activation_checkpointing = args.activation_checkpointing
+            return model
+
+        def fill(name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+            return torch.randn(stop - start) * shape[-1] ** -0.5
+
+        self.engine = build_engine(make, fill, config, world.device)
+
+    def forward(self, pack: Pack) -> Tensor:
+        velocity = self.engine(pack.latents, pack.prompt_embeds, pack.sigmas, pack.layout)
+        return F.mse_loss(velocity.float(), pack.target)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.backward(loss * self.scale, last=last)
+
+    def step(self) -> None:
+        self.engine.step(1e-5)
+
+
 def make_engine(args: argparse.Namespace, params: QwenImageParams, device: torch.device) -> Engine:
     """Build what is timed: the training engine under `args.ds_config`, or plain PyTorch without one."""
     if args.ds_config is None:
@@ -85,10 +135,7 @@ def make_engine(args: argparse.Namespace, params: QwenImageParams, device: torch
         model = QwenImageDiT(params).to(device)
         model.activation_checkpointing = args.activation_checkpointing
         return PlainEngine(model, args.micro_steps)
-    # TODO: wire in dstrain.engine: start the ranks (also alone, under plain python), complete args.ds_config for
-    # args.micro_steps packs a rank, build QwenImageDiT(params) through build_engine, set activation_checkpointing to
-    # args.activation_checkpointing, and return an `Engine` whose forward is PlainEngine's loss.
-    raise NotImplementedError("make_engine: the DeepSpeed engine is not wired in yet")
+    return ShardedEngine(args, params)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

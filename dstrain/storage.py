@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def fsync_file(path: Path) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that a reader sees the old file or the whole new one, also after a crash."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with part.open("wb") as f:
             f.write(data)

@@ -71,9 +71,9 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
     )
     pipeline = _pipeline(family, recipe, device=torch.device("cpu"), dtype=torch.float32, load=())
     components = {name: pipeline.folder(name) for name in ("transformer", *pipeline.loaders)}
+    pipeline.check_fit()
     with torch.device("meta"):
         model = pipeline.build_transformer()
-    assert isinstance(model, DiT)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if recipe.model.init == "pretrained":
         Weights(components["transformer"]).check(shapes)
@@ -96,14 +96,13 @@ class Trainer:
             type(job.pipeline), recipe, device=world.device, dtype=encoder, load=tuple(job.pipeline.loaders)
         )
         with torch.device("meta"):
-            block = self.pipeline.build_transformer()
-        assert isinstance(block, DiT)
+            model = self.pipeline.build_transformer()
         config = complete(
             job.ds_config,
             recipe,
             world_size=world.size,
             bf16=bf16,
-            block_class=block.block_class.__name__,
+            block_class=model.block_class.__name__,
             path=job.ds_path,
         )
         if world.is_main:
@@ -223,7 +222,6 @@ class Trainer:
 
     def _make(self) -> DiT:
         model = self.pipeline.build_transformer()
-        assert isinstance(model, DiT)
         model.activation_checkpointing = self.recipe.model.activation_checkpointing
         return model
 

@@ -47,7 +47,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Check, build, run."""
     args = parse(argv)
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls names that torch has renamed
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     logging.basicConfig(

@@ -47,6 +47,12 @@ class Plan:
                 f"{over} of {len(tokens)} samples have more tokens than tokens_per_pack = {tokens_per_pack}; give at "
                 f"least {int(tokens.max())}, or lower max_pixels"
             )
+        needed = _tokens_for_full_ranks(tokens, global_batch_size, world_size)
+        if needed > tokens_per_pack:
+            raise ConfigError(
+                f"global_batch_size = {global_batch_size} is not a multiple of {world_size} ranks, and a rank could be "
+                f"left without samples in a micro-step; make it a multiple, or give tokens_per_pack = {needed}"
+            )
         self.n = len(tokens)
         self.tokens = tokens
         self.seed = seed
@@ -70,19 +76,31 @@ class Plan:
 
         The number of micro-steps is the least for which every pack holds at most `tokens_per_pack`, and all ranks have
         the same. The fullest packs come first and those of one micro-step are alike, for under ZeRO-3 every rank
-        waits for the slowest. A pack is empty only if there are more packs than samples, which cannot happen when
-        `global_batch_size` is a multiple of `world_size`.
+        waits for the slowest. No pack is empty.
         """
         batch = self.batch(step)
         costs = self.tokens[[row for _, row in batch]]
         micros = max(1, -(-int(costs.sum()) // (self.world_size * self.tokens_per_pack)))
-        while True:  # ends at G / world_size (rounded up) micro-steps, where each sample can have a pack of its own
+        while True:  # ends at G // world_size micro-steps at the latest: __init__ has seen to that
             packs, fullest = _deal(costs, micros * self.world_size)
             if fullest <= self.tokens_per_pack:
                 break
             micros += 1
         dealt = [[batch[place] for place in pack] for pack in packs]
         return [dealt[first : first + self.world_size] for first in range(0, len(dealt), self.world_size)]
+
+
+def _tokens_for_full_ranks(tokens: np.ndarray, batch: int, world_size: int) -> int:
+    """Return the budget from which on no pack is ever empty.
+
+    Of G samples for B = G // W * W packs, the first B (longest first) open a pack each, and the j-th of the rest lies
+    on a pack no fuller than sample B - j + 1 alone. The worst batch has the longest rows, and each of them twice if it
+    can reach into the next epoch.
+    """
+    packs = batch // world_size * world_size
+    rest = np.arange(1, batch - packs + 1)
+    longest = np.repeat(np.sort(tokens)[::-1][:batch], 2 if len(tokens) % batch else 1)
+    return int(np.max(longest[packs - rest] + longest[packs + rest - 1], initial=0))
 
 
 def _deal(costs: np.ndarray, bins: int) -> tuple[list[list[int]], int]:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def environment_world() -> tuple[int, int, int]:
 
 def start() -> World:
     """Join the process group (nccl on GPUs, gloo on CPUs) and return this process's place in it."""
+    keep_compiled_ops()
     import deepspeed
 
     rank, local_rank, size = environment_world()
@@ -71,6 +73,18 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keep_compiled_ops() -> None:
+    """See to it that DeepSpeed's C++ ops are compiled once for an environment, not again at every other start.
+
+    They are kept in the environment's own folder, since two environments sharing one rebuild each other's; and its
+    own ninja comes first, since another version of ninja takes everything for changed.
+    """
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    own = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
 
 
 def has_fast_bf16(device: torch.device) -> bool:

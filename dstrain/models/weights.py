@@ -110,11 +110,14 @@ def _files(folder: Path) -> list[Path]:
     if not indexes:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{folder}: no *.safetensors file; download the weights, or set model.init: random")
+            raise CheckpointError(
+                f"{folder}: no *.safetensors file; download the weights"
+                " (a transformer can train from scratch: model.init: random)"
+            )
         return files
     try:
         names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{indexes[0]}: not a safetensors index ({e!r})") from e
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.errors import CheckpointError, ConfigError, did_you_mean
+from dstrain.models.base import DiT
 from dstrain.models.packing import PackLayout, Shape
 from dstrain.pipelines.components import (
     INDEX,
@@ -141,8 +142,12 @@ class Pipeline(ABC):
         """Return the units that turn a training batch into what `pack` takes, in running order."""
 
     @abstractmethod
-    def build_transformer(self) -> nn.Module:
+    def build_transformer(self) -> DiT:
         """Build the transformer that `folder("transformer")` describes, with fresh weights, on the current device."""
+
+    @abstractmethod
+    def check_fit(self) -> None:
+        """Raise CheckpointError unless the configs of transformer, text encoder and VAE go together."""
 
     @abstractmethod
     def pack(self, encoded: Mapping[str, list[Any]]) -> Encoded:

@@ -145,6 +145,23 @@ class QwenImagePipeline(Pipeline):
         path = self.folder("transformer") / "config.json"
         return QwenImageDiT(QwenImageParams.from_config(read_json(path), str(path)), gelu=self.gelu)
 
+    def check_fit(self) -> None:
+        """Compare widths: prompt embeddings, and latent channels of a 2 x 2 patch."""
+        configs = {name: self.folder(name) / "config.json" for name in ("transformer", "text_encoder", "vae")}
+        values = {name: read_json(path) for name, path in configs.items()}
+        params = QwenImageParams.from_config(values["transformer"], str(configs["transformer"]))
+        text = values["text_encoder"]
+        hidden = text.get("text_config", {}).get("hidden_size", text.get("hidden_size"))
+        for found, wanted, name, key, other in (
+            (hidden, params.joint_attention_dim, "text_encoder", "hidden_size", "joint_attention_dim"),
+            (values["vae"].get("z_dim", 16) * 4, params.in_channels, "vae", "z_dim x 4", "in_channels"),
+        ):
+            if found != wanted:
+                raise CheckpointError(
+                    f"{configs[name]}: {key} {found} does not fit the transformer's {other} {wanted};"
+                    " they are of different models"
+                )
+
     @cached_property
     def latent_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's latents, [C, 1, 1] fp32 each."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -75,11 +76,21 @@ def launch(
     }[launcher]
     ds_path = ds if ds.endswith(".json") else f"ds_configs/{ds}.json"
     argv = [*start, "launch/train.py", "--ds_config", ds_path, "--config", recipe, *overrides]
-    done = subprocess.run(
-        [str(a) for a in argv], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == code, f"exit code {done.returncode} instead of {code}\n{output[-6000:]}"
+    with subprocess.Popen(
+        [str(a) for a in argv],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=280)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks
+            raise
+    assert process.returncode == code, f"exit code {process.returncode} instead of {code}\n{output[-6000:]}"
     return output
 
 

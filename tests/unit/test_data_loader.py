@@ -16,7 +16,7 @@ from dstrain.errors import ConfigError, DataError
 
 
 def make_plan(dataset: Dataset, world_size: int = 1, batch: int = 6) -> Plan:
-    return Plan(dataset.tokens, seed=3, global_batch_size=batch, tokens_per_pack=60, world_size=world_size)
+    return Plan(dataset.tokens, seed=3, global_batch_size=batch, tokens_per_pack=64, world_size=world_size)
 
 
 def batches(dataset: Dataset, steps: range, world_size: int = 1, **options: Any) -> list[list[Sample]]:
@@ -185,6 +185,7 @@ def test_sixteen_bad_in_a_row_stop_the_run(dataset: Dataset) -> None:
         DataError, match=r"16 samples one after another are bad \(changed 16\), the last being '\d{4}' of"
     ):
         list(loader.step(0))
+    assert len(loader.bad.rows) == 16
     loader.close()
 
 

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 from data_samples import image_bytes, picture
 from PIL import Image
+from test_data_decode import chunk, png_of
 
 from dstrain.data import open_dataset, pack
 from dstrain.data.shards import SIDECAR
@@ -107,6 +108,7 @@ def test_refused_pictures_are_reported_with_reasons(tmp_path: Path) -> None:
         "long.png": (picture(32, 32), b"x" * 70000, "caption_too_long"),
         "small.png": (picture(15, 32), b"x", "image_too_small"),
         "cut.png": (picture(32, 32)[:-9], b"x", "image_damaged"),
+        "noise.png": (png_of(32, 32, chunk(b"IDAT", b"not zlib")), b"x", "image_damaged"),  # only decoding tells
         "gif.png": (image_bytes(Image.new("RGB", (32, 32)), "GIF"), b"x", "image_format"),
         "zero.png": (b"", b"x", "image_format"),
         "link.png": (outside, b"x", "unsafe_name"),
@@ -123,7 +125,7 @@ def test_refused_pictures_are_reported_with_reasons(tmp_path: Path) -> None:
     report = pack(source, tmp_path / "out")
     assert report.samples == 2
     assert {entry.name: entry.reason for entry in report.refused} == {name: case[2] for name, case in cases.items()}
-    assert "refused 11: image_format 2, unsafe_name 2, " in report.summary()
+    assert "refused 12: image_damaged 2, image_format 2, unsafe_name 2, " in report.summary()
     assert all(entry.detail for entry in report.refused)
 
 

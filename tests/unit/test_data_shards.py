@@ -6,6 +6,7 @@ import pickle
 import random
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def test_index_of_a_sound_shard(tmp_path: Path) -> None:
         ([("a.png", PNG), ("a.json", rb'{"caption": "\ud800"}')], Reason.CAPTION_ENCODING),
         ([("a.png", PNG), ("a.jpg", picture(32, 32, kind="JPEG")), ("a.txt", b"x")], Reason.AMBIGUOUS),
         ([("a.png", PNG), ("a.txt", b"x"), ("a.png", PNG), ("a.txt", b"y")], Reason.AMBIGUOUS),
+        ([("a.png", PNG), ("a.txt", b"x"), ("a.txt", b"y")], Reason.AMBIGUOUS),
+        ([("a.png", PNG), ("a.PNG", PNG), ("a.txt", b"x")], Reason.AMBIGUOUS),
         ([("a.png", b""), ("a.txt", b"x")], Reason.IMAGE_FORMAT),
         ([("a.jpg", b"text"), ("a.txt", b"x")], Reason.IMAGE_FORMAT),
         ([("a.png", PNG[:-5]), ("a.txt", b"x")], Reason.IMAGE_DAMAGED),
@@ -234,6 +237,17 @@ def test_a_sidecar_is_never_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with np.load(sidecar(path)) as archive:
             assert np.array_equal(archive["rows"], rows)  # repaired on disk
     assert not (tmp_path / "canary").exists()
+
+
+def test_several_ranks_may_index_at_once(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", sample_members(8))
+    for _ in range(3):
+        sidecar(path).unlink(missing_ok=True)
+        with ThreadPoolExecutor(8) as ranks:  # one process number, as in containers on several nodes
+            indexes = list(ranks.map(open_index, [path] * 8))
+        assert all(np.array_equal(index.rows, indexes[0].rows) for index in indexes)
+        assert np.array_equal(open_index(path).rows, indexes[0].rows)
+    assert sorted(tmp_path.iterdir()) == [path, sidecar(path)]
 
 
 def test_a_folder_that_cannot_be_written_to(

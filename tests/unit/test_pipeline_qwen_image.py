@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import QwenImageEditPipeline
 from diffusers import QwenImagePipeline as Oracle
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model_folder
 
 from dstrain.errors import CheckpointError, ConfigError
@@ -136,6 +137,15 @@ def test_pack_lays_samples_end_to_end_and_its_velocity_is_diffusers(pipeline, or
             )
         ]
     torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-4)
+
+
+def test_encoding_records_no_gradients(folder):
+    pipeline = Pipeline.from_pretrained(folder, dtype=torch.float32, load=("vae", "text_encoder", "tokenizer"))
+    pipeline.vae.requires_grad_()
+    pipeline.text_encoder.requires_grad_()
+    pack = pipeline.pack(pipeline.encode(batch([(16, 16)])))
+    assert not pack.x0.requires_grad
+    assert not pack.prompt_embeds.requires_grad
 
 
 def test_caption_dropout_reaches_the_pack(folder):
@@ -305,9 +315,14 @@ def byte_tokenizer(folder):
     path.write_text(json.dumps(state))
 
 
-def drop_tensor(folder):
-    from safetensors.torch import load_file, save_file
+def pickle_weights(folder):
+    """Weights as a pickle, which could run code when it is read."""
+    path = folder / "text_encoder/model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
 
+
+def drop_tensor(folder):
     path = folder / "text_encoder" / "model.safetensors"
     weights = load_file(path)
     del weights[next(n for n in weights if n.endswith("layers.1.mlp.up_proj.weight"))]
@@ -346,6 +361,7 @@ def drop_tensor(folder):
         (lambda f: (f / "tokenizer/tokenizer.json").write_text("{"), r"tokenizer: not a loadable tokenizer"),
         (lambda f: edit_json(f / "transformer/config.json", num_layers=3), r"missing .*transformer_blocks\.2"),
         (lambda f: edit_json(f / "transformer/config.json", joint_attention_dim=40), r"misshapen .*txt_in"),
+        (pickle_weights, r"text_encoder: not a loadable text encoder .*model\.safetensors"),
         (drop_tensor, r"1 missing tensors in the text encoder: .*layers\.1\.mlp\.up_proj"),
         (byte_tokenizer, r"tokenizer: splits .* into \d+ tokens, not 34"),
     ],

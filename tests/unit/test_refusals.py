@@ -177,6 +177,18 @@ def test_index_that_leaves_the_folder(refuse, model):
     assert "not a file of this folder" in refuse(f"model.path={model}")
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "says"),
+    [("text_encoder", "hidden_size", "joint_attention_dim 32"), ("vae", "z_dim", "in_channels 64")],
+)
+def test_parts_of_different_models(refuse, model, part, key, says):
+    path = model / part / "config.json"
+    config = json.loads(path.read_text())
+    config.get("text_config", config)[key] = 20
+    path.write_text(json.dumps(config))
+    assert says in refuse(f"model.path={model}")
+
+
 def test_model_of_another_family(refuse, model):
     path = model / "model_index.json"
     index = json.loads(path.read_text()) | {"_class_name": "FluxPipeline"}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dstrain import rng
 from dstrain.errors import DataError
 from dstrain.pipelines import PIPELINES
 from dstrain.pipelines.graph import UnitGraph
@@ -181,5 +182,7 @@ def test_caption_dropout_has_its_probability_and_only_the_draw_decides():
     assert dropped(0.1, 4, draws) != every
     assert not any(dropped(0.0, 3, draws))
     assert all(dropped(1.0, 3, draws))
+    coins = rng.uniform(3, rng.Purpose.CAPTION_DROPOUT, torch.tensor(draws))  # not the timestep's, which would tie both
+    assert every == (coins < 0.1).tolist()
     more = dropped(0.3, 3, draws)
     assert all(m for e, m in zip(every, more) if e)

@@ -1,0 +1,283 @@
+"""The shell scripts, with pip, DeepSpeed and SLURM played by stubs that write down how they are called."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci/run"]
+TOOLS = "awk bash cat cksum cp cut df dirname env find mkdir rm".split()
+
+# A Python that can be told to be old or to lack its headers; it "makes" an environment by copying itself.
+PYTHON = """#!/bin/bash
+case "$*" in
+    *version_info*) exit "${OLD_PYTHON:-0}" ;;
+    *Python.h*) exit "${NO_HEADERS:-0}" ;;
+    *ensurepip*) exit "${NO_VENV:-0}" ;;
+    *cuda*) exit 0 ;;
+    "-m pip --version") exit 0 ;;
+    --version) echo "Python 3.12.0"; exit 0 ;;
+    "-m venv --clear "*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+esac
+echo "python $*" >>"$CALLS"
+exit "${PYTHON_FAILS:-0}"
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> "Machine":
+    return Machine(tmp_path)
+
+
+class Machine:
+    """A checkout with the scripts, on a machine that has only what a test gives it."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.repo, self.bin, self.calls = tmp / "repo", tmp / "bin", tmp / "calls"
+        self.env = {"PATH": str(self.bin), "HOME": str(tmp), "CALLS": str(self.calls)}
+        self.bin.mkdir()
+        for name in TOOLS:
+            (self.bin / name).symlink_to(shutil.which(name))
+        for path in (*SCRIPTS, ROOT / "pyproject.toml"):
+            target = self.repo / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        (self.repo / "launch/train.py").touch()
+        self.stub("python3", PYTHON)
+        self.stub("g++")
+        self.stub("curl", "#!/bin/bash\nexit 22\n")
+
+    def stub(self, name: str, text: str = '#!/bin/bash\necho "$(basename "$0") $*" >>"$CALLS"\n') -> None:
+        path = self.bin / name
+        path.write_text(text.replace('$(basename "$0")', name))
+        path.chmod(0o755)
+
+    def run(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of bash in the checkout; `self.called()` then tells what it started."""
+        self.calls.write_text("")
+        where = cwd or self.repo
+        return subprocess.run(
+            [str(self.bin / "bash"), *command], env={**self.env, **env}, cwd=where, capture_output=True, text=True
+        )
+
+    def set_up(self, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("-c", 'set -euo pipefail; source launch/setup.sh; echo "$TORCH_EXTENSIONS_DIR"', **env)
+
+    def called(self) -> list[str]:
+        return self.calls.read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_scripts_are_bash_and_stop_at_errors(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = script.read_text()
+    assert text.startswith(("#!/usr/bin/env bash\n", "#!/bin/bash\n"))
+    assert "set -euo pipefail" in text or script.name in ("setup.sh", "run"), "a failed step must not be passed over"
+
+
+def test_what_is_started_directly_is_executable() -> None:
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_setup_installs_torch_first_and_does_nothing_the_second_time(machine: Machine) -> None:
+    done = machine.set_up()
+    venv = machine.repo / ".venv"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(venv / "torch_extensions")
+    assert machine.called() == [
+        f"python -m venv --clear {venv}",
+        "python -m pip --disable-pip-version-check -q install torch==2.13.0",
+        f"python -m pip --disable-pip-version-check -q install -e {machine.repo}",
+    ]
+    done = machine.set_up()
+    assert done.returncode == 0 and done.stderr == ""
+    assert machine.called() == []
+
+
+def test_setup_installs_again_what_has_changed(machine: Machine) -> None:
+    def installed(**env: str) -> str:
+        assert machine.set_up(**env).returncode == 0
+        return machine.called()[-1].rpartition(" ")[2] if machine.called() else ""
+
+    repo = machine.repo
+    assert installed() == str(repo)
+    assert installed(DSTRAIN_EXTRAS="test") == f"{repo}[test]"
+    assert installed(DSTRAIN_EXTRAS="test") == ""
+    assert installed() == "", "what was installed stays"
+    assert installed(DSTRAIN_EXTRAS="dev test") == f"{repo}[test,dev]"
+    (repo / "pyproject.toml").open("a").write("\n# a new dependency\n")
+    assert installed() == str(repo)
+    moved = repo.rename(repo.with_name("moved"))
+    machine.repo = moved
+    assert installed() == str(moved)
+    assert machine.called()[0] == f"python -m venv --clear {moved / '.venv'}"
+
+
+def test_setup_is_tried_again_after_a_failure(machine: Machine) -> None:
+    done = machine.set_up(PYTHON_FAILS="1")
+    assert done.returncode == 1 and "setup: not set up." in done.stderr
+    assert machine.set_up().returncode == 0
+    assert machine.called()[-1].endswith(f"install -e {machine.repo}")
+
+
+@pytest.mark.parametrize(
+    ("env", "curl", "index"),
+    [
+        ({}, 22, ""),
+        ({}, 0, " --index-url https://download.pytorch.org/whl/cpu"),
+        ({"DSTRAIN_BUILD": "gpu"}, 0, ""),
+        ({"DSTRAIN_TORCH_INDEX": "https://example.org/cu126"}, 0, " --index-url https://example.org/cu126"),
+    ],
+)
+def test_setup_takes_torch_from_where_it_should(machine: Machine, env: dict[str, str], curl: int, index: str) -> None:
+    machine.stub("curl", f"#!/bin/bash\nexit {curl}\n")
+    assert machine.set_up(**env).returncode == 0
+    assert any(call.endswith(f"install torch==2.13.0{index}") for call in machine.called())
+
+
+def test_a_machine_that_gets_a_gpu_gets_another_torch(machine: Machine) -> None:
+    assert machine.set_up().returncode == 0
+    machine.stub("nvidia-smi", "#!/bin/bash\n")
+    assert machine.set_up().returncode == 0
+    pip = "python -m pip --disable-pip-version-check -q"
+    assert machine.called()[:2] == [f"{pip} uninstall -y torch", f"{pip} install torch==2.13.0"]
+
+
+def test_setup_keeps_its_environment_out_of_a_path_with_a_space(machine: Machine) -> None:
+    machine.repo = machine.repo.rename(machine.repo.with_name("my repo"))
+    done = machine.set_up()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{machine.env['HOME']}/.cache/dstrain/venv-")
+    assert machine.called()[-1].endswith(f"install -e {machine.repo}")
+    assert machine.set_up().returncode == 0 and machine.called() == []
+
+
+@pytest.mark.parametrize(
+    ("env", "missing", "message"),
+    [
+        ({"OLD_PYTHON": "1"}, "", "no Python >= 3.11 is on the PATH"),
+        ({}, "python3", "no Python >= 3.11 is on the PATH"),
+        ({"DSTRAIN_PYTHON": "/no/python"}, "", "DSTRAIN_PYTHON=/no/python is not a Python >= 3.11"),
+        ({"NO_VENV": "1"}, "", "apt install python3-venv"),
+        ({"NO_HEADERS": "1"}, "", "apt install python3-dev"),
+        ({}, "g++", "apt install g++"),
+    ],
+)
+def test_setup_says_what_the_machine_lacks(machine: Machine, env: dict[str, str], missing: str, message: str) -> None:
+    if missing:
+        (machine.bin / missing).unlink()
+    done = machine.set_up(**env)
+    assert done.returncode == 1
+    assert message in done.stderr and "not set up" in done.stderr
+    assert machine.called() == [], "nothing is installed"
+
+
+def test_setup_warns_of_a_full_disk(machine: Machine) -> None:
+    (machine.bin / "df").unlink()
+    machine.stub("df", "#!/bin/bash\necho head\necho 'disk 100 90 2097152 99% /'\n")
+    done = machine.set_up()
+    assert done.returncode == 0
+    assert "2 GiB are free" in done.stderr
+
+
+def test_setup_removes_only_locks_that_a_killed_build_left(machine: Machine) -> None:
+    assert machine.set_up().returncode == 0
+    folders = [machine.repo / ".venv/torch_extensions" / name for name in ("old", "new")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+    os.utime(folders[0] / "lock", (0, 0))
+    assert machine.set_up().returncode == 0
+    assert [(folder / "lock").exists() for folder in folders] == [False, True]
+
+
+def with_environment(machine: Machine) -> Path:
+    assert machine.set_up(DSTRAIN_EXTRAS="test dev").returncode == 0
+    return machine.repo / ".venv/bin"
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_demo_trains_then_evaluates_with_the_same_overrides(machine: Machine, failing: bool) -> None:
+    with_environment(machine)
+    machine.stub(
+        "deepspeed", f'#!/bin/bash\nprintf "<%s>" deepspeed "$@" >>"$CALLS"; echo >>"$CALLS"\nexit {3 * failing}\n'
+    )
+    done = machine.run(str(machine.repo / "launch/demo.sh"), "run_dir=a b", "train.steps=2", cwd=machine.bin)
+    assert done.returncode == 3 * failing, done.stderr
+    trained, *evaluated = machine.called()
+    assert trained == (
+        "<deepspeed><launch/train.py><--ds_config><ds_configs/zero3_offload.json>"
+        "<--config><launch/recipes/demo.yaml><run_dir=a b><train.steps=2>"
+    )
+    expected = "python launch/demo/evaluate.py --config launch/recipes/demo.yaml run_dir=a b train.steps=2"
+    assert evaluated == ([] if failing else [expected])
+
+
+@pytest.mark.parametrize("code", [0, 1, 5])
+def test_run_passes_arguments_to_pytest_and_its_exit_code_on(machine: Machine, code: int) -> None:
+    with_environment(machine)
+    done = machine.run(str(machine.repo / "tests/run.sh"), "-k", "plan", cwd=machine.bin, PYTHON_FAILS=str(code))
+    assert done.returncode == code
+    assert machine.called() == ["python -m pytest -m not slurm -k plan"]
+
+
+@pytest.mark.parametrize(("ruff", "tests", "code"), [(0, 0, 0), (1, 0, 1), (0, 5, 5), (1, 5, 5)])
+def test_ci_runs_everything_and_fails_if_anything_does(machine: Machine, ruff: int, tests: int, code: int) -> None:
+    with_environment(machine)
+    machine.stub("ruff", f'#!/bin/bash\necho "ruff $*" >>"$CALLS"\nexit {ruff}\n')
+    machine.stub("mypy")
+    done = machine.run(str(machine.repo / ".ci/run"), cwd=machine.bin, PYTHON_FAILS=str(tests))
+    assert done.returncode == code
+    assert machine.called() == ["ruff format --check .", "ruff check .", "mypy ", "python -m pytest -m not slurm"]
+    assert ("FAILED: ruff check ." in done.stdout) == bool(ruff)
+
+
+def submitted(machine: Machine, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the batch script as slurmd does: from a spool folder, with the submit folder in a variable."""
+    machine.stub("scontrol", '#!/bin/bash\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
+    variables = "MASTER_ADDR MASTER_PORT TORCH_EXTENSIONS_DIR TRITON_CACHE_DIR SRUN_CPUS_PER_TASK OMP_NUM_THREADS"
+    machine.stub(
+        "srun",
+        f'#!/bin/bash\nprintf "<%s>" srun "$@" >>"$CALLS"\nfor v in {variables}; do echo "$v=${{!v}}"; done\n'
+        'echo >>"$CALLS"\ncase "$*" in *train.py*) exit "${RANK_FAILS:-0}" ;; esac\n',
+    )
+    spool = machine.bin.with_name("spool")
+    spool.mkdir()
+    job = {
+        "SLURM_SUBMIT_DIR": str(machine.repo),
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "6",
+    }
+    script = shutil.copy(machine.repo / "launch/slurm/train.sbatch", spool / "slurm_script")
+    return machine.run(str(script), *arguments, cwd=spool, **job, **env)
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_sbatch_meets_at_the_first_node_and_keeps_the_exit_code(machine: Machine, failing: int) -> None:
+    with_environment(machine)
+    done = submitted(machine, "--config", "a b.yaml", RANK_FAILS=str(failing))
+    assert done.returncode == failing, done.stderr
+    env = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert env["MASTER_ADDR"] == "gpu07"
+    assert env["MASTER_PORT"] == "19567"  # 15000 + 1234567 % 15000
+    assert env["SRUN_CPUS_PER_TASK"] == env["OMP_NUM_THREADS"] == "6"
+    assert env["TORCH_EXTENSIONS_DIR"] == "/tmp/dstrain-1234567-0/torch_extensions"
+    assert env["TRITON_CACHE_DIR"] == "/tmp/dstrain-1234567-0/triton"
+    train, clean = machine.called()
+    assert train == "<srun><--kill-on-bad-exit=1><--label><python><launch/train.py><--config><a b.yaml>"
+    assert clean == "<srun><--ntasks=2><--ntasks-per-node=1><rm><-rf><--></tmp/dstrain-1234567-0>"
+
+
+def test_sbatch_refuses_another_folder(machine: Machine) -> None:
+    done = submitted(machine, SLURM_TMPDIR="/scratch")
+    assert done.returncode == 0 and "/scratch/dstrain-1234567-0/triton" in done.stdout
+    (machine.repo / "launch/train.py").unlink()
+    machine.bin.with_name("spool").rename(machine.bin.with_name("spool-before"))
+    done = submitted(machine)
+    assert done.returncode == 2 and "submit from the checkout" in done.stderr

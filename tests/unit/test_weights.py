@@ -1,0 +1,114 @@
+"""Safetensors by the slice and as a stream, against the safetensors library."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dstrain.errors import CheckpointError
+from dstrain.models.weights import Weights, WeightsWriter, check_weights
+
+TENSORS = {
+    "a.weight": torch.randn(7, 5),
+    "b.weight": torch.randn(3, 4, 2),
+    "b.bias": torch.randn(11),
+    "c": torch.randn(()),
+}
+SHAPES = {k: v.shape for k, v in TENSORS.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("max_bytes", [10**9, 100, 1])
+def test_stream_out_is_what_the_library_reads(tmp_path, dtype, max_bytes):
+    writer = WeightsWriter(tmp_path, SHAPES, dtype, max_bytes)
+    for name, tensor in TENSORS.items():
+        writer.write(name, tensor)
+    writer.close()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == {10**9: 1, 100: 3 if dtype == torch.float32 else 2, 1: 4}[max_bytes]
+    read = {k: v for f in files for k, v in load_file(f).items()}
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[k], TENSORS[k].to(dtype)) for k in TENSORS)
+    weights = Weights(tmp_path)
+    weights.check(SHAPES)
+    assert all(torch.equal(weights.read(k), TENSORS[k].to(dtype).flatten()) for k in TENSORS)
+    if len(files) > 1:
+        index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(TENSORS)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_slices_of_all_ranks_make_the_tensor(tmp_path, world):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    weights = Weights(tmp_path)
+    for name, tensor in TENSORS.items():
+        size = -(-tensor.numel() // world)
+        parts = [weights.read(name, r * size, (r + 1) * size) for r in range(world)]
+        assert torch.equal(torch.cat(parts), tensor.flatten())
+
+
+def test_order_and_shape_are_held(tmp_path):
+    writer = WeightsWriter(tmp_path, SHAPES, torch.float32)
+    with pytest.raises(AssertionError, match=r"a\.weight"):
+        writer.write("b.bias", TENSORS["b.bias"])
+    with pytest.raises(AssertionError, match="not written"):
+        writer.close()
+
+
+def raw(header: object, size: int = 100) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cut short"),
+        (b"1234", "cut short"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "cut short"),
+        (raw(b"not json"), "damaged"),
+        (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}), "outside"),
+        (raw({"a": {"dtype": "F32", "shape": [200], "data_offsets": [0, 800]}}), "outside"),
+        (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "outside"),
+        (raw({"a": {"dtype": "Q7", "shape": [2], "data_offsets": [0, 8]}}), "unreadable"),
+        (raw({"a": {"shape": [2]}}), "unreadable"),
+        (raw({"a": 3}), "unreadable"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, content, says):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=says) as e:
+        Weights(tmp_path)
+    assert "x.safetensors" in str(e.value)
+
+
+def test_table_of_what_does_not_fit(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    wanted = {**SHAPES, "b.bias": torch.Size([12]), "d": torch.Size([1])}
+    del wanted["c"]
+    with pytest.raises(CheckpointError) as e:
+        check_weights(wanted, tmp_path)
+    text = str(e.value)
+    assert "missing     d  [1]" in text
+    assert "unexpected  c  []" in text
+    assert "misshapen   b.bias  file [11], model [12]" in text
+    assert "3 of 4 tensors" in text
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        Weights(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
+        Weights(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
+    with pytest.raises(CheckpointError, match="also in"):
+        Weights(tmp_path)
+    (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
+    with pytest.raises(CheckpointError, match="not a file of this folder"):
+        Weights(tmp_path)
+    (tmp_path / "m.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        Weights(tmp_path)
