@@ -103,7 +103,6 @@ class ShardedEngine:
             recipe,
             world_size=world.size,
             bf16=ds_config.uses_bf16(ds_config.read_ds_config(args.ds_config), distributed.has_fast_bf16(world.device)),
-            block_class=QwenImageDiT.block_class.__name__,
             path=args.ds_config,
         )
 

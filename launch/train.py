@@ -59,14 +59,15 @@ def main(argv: list[str] | None = None) -> int:
 
         ds_config = read_ds_config(args.ds_config)
         from dstrain.engine import distributed
-        from dstrain.trainer import Trainer, prepare
+        from dstrain.job import announce, prepare
+        from dstrain.trainer import Trainer
 
         job = prepare(recipe, args.ds_config, ds_config, distributed.environment_world()[2])
-        world = distributed.start()
-        trainer = Trainer(job, world, resume=args.resume)
+        announce(job)
         if not args.dry_run:
-            trainer.run()
-        distributed.stop()
+            world = distributed.start()
+            Trainer(job, world, resume=args.resume).run()
+            distributed.stop()
     except DstrainError as e:
         if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
             log.error("dstrain: error: %s", e)

@@ -58,7 +58,8 @@ def save(engine: Engine, folder: Path, step: int, facts: Mapping[str, Any], keep
     dist.all_gather_object(gathered, (files, error))
     errors = [e for _, e in gathered if e]
     if dist.get_rank() == 0:
-        (folder / "zero_to_fp32.py").unlink(missing_ok=True)  # DeepSpeed leaves a script; code has no place here
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves scripts; code has no place here
+            script.unlink()
         if errors:
             shutil.rmtree(partial, ignore_errors=True)
         else:

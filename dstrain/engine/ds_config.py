@@ -66,9 +66,7 @@ def uses_bf16(config: Mapping[str, Any], hardware_bf16: bool) -> bool:
     return hardware_bf16 if enabled == "auto" else enabled
 
 
-def complete(
-    config: Mapping[str, Any], recipe: Recipe, *, world_size: int, bf16: bool, block_class: str, path: Path
-) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], recipe: Recipe, *, world_size: int, bf16: bool, path: Path) -> dict[str, Any]:
     """Return the JSON that DeepSpeed is given: the user's, with batch sizes, optimizer and precision filled in.
 
     Raises ConfigError where the JSON and the recipe state different things.
@@ -82,9 +80,7 @@ def complete(
     done["bf16"] = {**bf16_section, "enabled": bf16}
     done.setdefault("gradient_clipping", 0.0)
     done.setdefault("steps_per_print", 1 << 40)
-    done["zero_optimization"] = zero = dict(config.get("zero_optimization", {}))
-    if stage(config) == 3:
-        zero.setdefault("leaf_module", {"classes": [block_class]})
+    done["zero_optimization"] = dict(config.get("zero_optimization", {}))
     done["optimizer"] = _optimizer(recipe.optimizer, offload(config, "optimizer") != "none")
     return done
 

@@ -6,6 +6,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from dstrain.engine.ds_config import stage
@@ -81,6 +82,9 @@ def build_engine(make: Callable[[], DiT], fill: Fill, config: dict[str, Any], de
             module = make()
         for name, p in module.named_parameters():
             _fill_shard(name, p, fill)
+        if "leaf_module" not in config["zero_optimization"]:
+            # One gather a block: hooks on each of its 32 tensors would cost more than the transfers.
+            set_z3_leaf_modules(module, [module.block_class])
     else:
         with torch.device("meta"):
             module = make()

@@ -84,7 +84,7 @@ def parity(stages: dict[str, dict], micros: list[int]) -> dict[str, list[tuple[f
     results = {}
     for name, ds in stages.items():
         ds = complete(
-            ds, recipe(8), world_size=world.size, bf16=False, block_class="QwenImageBlock", path=Path("ds.json")
+            ds, recipe(8), world_size=world.size, bf16=False, path=Path("ds.json")
         )
         engine = build_engine(make, fill, ds, world.device)
         plain = make()

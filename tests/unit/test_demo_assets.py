@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from PIL import Image
-from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -99,27 +99,25 @@ def test_text_encoder_fits_the_tokenizer_and_tells_captions_apart(tokenizer: Qwe
     assert encoder.config.text_config.vocab_size == len(tokenizer)
     for key, token in (("image", "<|image_pad|>"), ("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>")):
         assert getattr(encoder.config, f"{key}_token_id") == tokenizer.convert_tokens_to_ids(token)
-    embeds = []
-    for caption in samples()[1]:
-        ids = tokenizer(PREFIX + caption + SUFFIX, return_tensors="pt").input_ids
-        with torch.no_grad():
-            hidden = encoder(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        embeds.append(hidden[0, 34:])  # [T, 128]
-    flat = nn.utils.rnn.pad_sequence(embeds, batch_first=True).flatten(1)  # [N, T * 128]
+    prompts = [PREFIX + caption + SUFFIX for caption in samples()[1]]
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = encoder(**tokens, output_hidden_states=True).hidden_states[-1]
+    flat = (hidden * tokens.attention_mask[..., None])[:, 34:].flatten(1)  # [N, T * 128]
     distance = torch.cdist(flat, flat) / flat.norm(dim=1).mean()
     assert distance.fill_diagonal_(torch.inf).min() > 0.3
 
 
 @torch.no_grad()
 def test_vae_reconstructs_pictures_it_was_not_trained_on(vae: AutoencoderKLQwenImage) -> None:
-    pictures = samples()[0][::4]
+    pictures = samples()[0][::8]
     latents = vae.encode(pictures[:, :, None]).latent_dist.mode()  # [N, 16, 1, 8, 8]
     decoded = vae.decode(latents).sample[:, :, 0]
     psnr = -10 * ((decoded - pictures) / 2).square().mean(dim=(1, 2, 3)).log10()
     stated = json.loads((ROOT / "benchmarks" / "demo_assets" / "results.json").read_text())["vae"]
     assert stated["held_out"]["pictures"] >= 200 and stated["held_out"]["psnr_db"] >= 22
     assert psnr.mean() > 22
-    assert abs(psnr.mean() - stated["demo"]["psnr_db"]) < 1.5  # a quarter of the pictures, half-precision weights
+    assert abs(psnr.mean() - stated["demo"]["psnr_db"]) < 2  # 32 of the 256 pictures
 
     mean = torch.tensor(vae.config.latents_mean).view(1, 16, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, 16, 1, 1, 1)
@@ -154,12 +152,7 @@ def test_parts_fit_together(vae: AutoencoderKLQwenImage) -> None:
 
 
 def test_vae_weights_that_a_picture_cannot_reach_are_zero() -> None:
-    with safe_open(MODEL / "vae" / "diffusion_pytorch_model.safetensors", "pt") as weights:
-        names = list(weights.keys())
-        earlier = [
-            weights.get_tensor(n)[:, :, :-1]
-            for n in names
-            if weights.get_slice(n).get_shape()[2:3] == [3] and len(weights.get_slice(n).get_shape()) == 5
-        ]
-    assert len(earlier) > 40
-    assert all(not tensor.any() for tensor in earlier)
+    weights = load_file(MODEL / "vae" / "diffusion_pytorch_model.safetensors")
+    causal = [weight for weight in weights.values() if weight.dim() == 5 and weight.shape[2] == 3]
+    assert len(causal) == 44  # four of them are `time_conv`
+    assert all(not weight[:, :, :-1].any() for weight in causal)

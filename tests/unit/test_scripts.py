@@ -270,7 +270,7 @@ def test_sbatch_meets_at_the_first_node_and_keeps_the_exit_code(machine: Machine
     assert env["TORCH_EXTENSIONS_DIR"] == "/tmp/dstrain-1234567-0/torch_extensions"
     assert env["TRITON_CACHE_DIR"] == "/tmp/dstrain-1234567-0/triton"
     train, clean = machine.called()
-    assert train == "<srun><--kill-on-bad-exit=1><--label><python><launch/train.py><--config><a b.yaml>"
+    assert train == "<srun><--kill-on-bad-exit=0><--wait=60><--label><python><launch/train.py><--config><a b.yaml>"
     assert clean == "<srun><--ntasks=2><--ntasks-per-node=1><rm><-rf><--></tmp/dstrain-1234567-0>"
 
 
