@@ -116,10 +116,10 @@ _dstrain_setup() {
         { read -r done_hash; read -r done_extras; read -r done_root; } <"$stamp"
         if [ "$done_root" != "$_dstrain_root" ]; then # an environment does not survive being moved
             rm -rf "$venv"
-            done_hash=""
+            done_hash="" done_extras=""
         fi
     fi
-    [ "$done_hash" != "$hash" ] || extras="$done_extras"
+    extras="$done_extras" # what was asked for once stays
     for extra in ${DSTRAIN_EXTRAS:-}; do
         case " $extras " in *" $extra "*) ;; *) extras="${extras:+$extras }$extra" ;; esac
     done

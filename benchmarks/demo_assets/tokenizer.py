@@ -57,8 +57,8 @@ def applied_merges(piece: str, ranks: dict[tuple[str, str], int]) -> Iterable[tu
 def prune(source: dict, texts: list[str]) -> dict:
     """Return the `tokenizer.json` of `source` with only what `texts` need, ids renumbered densely."""
     whole = Tokenizer.from_str(json.dumps(source))
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in source["model"]["merges"]]
-    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    merges = [merge.split(" ") for merge in source["model"]["merges"]]
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
     specials = [token["content"] for token in source["added_tokens"]]
     kept: set[tuple[str, str]] = set()
     for text in texts:

@@ -6,6 +6,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -49,11 +50,24 @@ class Engine:
         """Clip, update, and return the norm of the global batch's gradient before clipping."""
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
+        self._forget_bias_correction()
         # In fp32 without ZeRO, DeepSpeed keeps no norm; the gradients are whole on every rank then.
         plain = stage(self.config) == 0 and not self.config["bf16"]["enabled"]
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]) if plain else 0
         self.ds.step()
         return float(norm if plain else self.ds.get_global_grad_norm())
+
+    def _forget_bias_correction(self) -> None:
+        """Make the CPU Adam's bias correction a function of the step.
+
+        Its C++ object multiplies beta^t up from step to step in fp32, but starts from pow(beta, t) after a restart, and
+        the two round differently: a resumed run would drift by ulps. Told of step 0 first, it takes pow each time.
+        """
+        adam = getattr(self.ds.optimizer, "optimizer", None)
+        if isinstance(adam, DeepSpeedCPUAdam):
+            beta1, beta2 = adam.param_groups[0]["betas"]
+            none = torch.zeros(1)
+            adam.ds_opt_adam.adam_update(adam.opt_id, 0, 0.0, beta1, beta2, 1.0, 0.0, False, none, none, none, none)
 
     def parameters_gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) one at a time, in order; collective: every rank must exhaust it."""

@@ -154,5 +154,4 @@ def test_parts_fit_together(vae: AutoencoderKLQwenImage) -> None:
 def test_vae_weights_that_a_picture_cannot_reach_are_zero() -> None:
     weights = load_file(MODEL / "vae" / "diffusion_pytorch_model.safetensors")
     causal = [weight for weight in weights.values() if weight.dim() == 5 and weight.shape[2] == 3]
-    assert len(causal) == 44  # four of them are `time_conv`
-    assert all(not weight[:, :, :-1].any() for weight in causal)
+    assert causal and all(not weight[:, :, :-1].any() for weight in causal)

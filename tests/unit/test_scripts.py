@@ -109,8 +109,9 @@ def test_setup_installs_again_what_has_changed(machine: Machine) -> None:
     assert installed(DSTRAIN_EXTRAS="test") == ""
     assert installed() == "", "what was installed stays"
     assert installed(DSTRAIN_EXTRAS="dev test") == f"{repo}[test,dev]"
-    (repo / "pyproject.toml").open("a").write("\n# a new dependency\n")
-    assert installed() == str(repo)
+    with (repo / "pyproject.toml").open("a") as f:
+        f.write("\n# a new dependency\n")
+    assert installed() == f"{repo}[test,dev]"
     moved = repo.rename(repo.with_name("moved"))
     machine.repo = moved
     assert installed() == str(moved)
