@@ -2,8 +2,9 @@
 
     python train_vae.py PACKAGE --out launch/demo/model/vae --results results.json
 
-One CPU thread is enough: 4,800 steps of 8 pictures take about half an hour. A usable VAE is written every
-`--save-every` steps, the last one at the end, with the PSNR on held-out and demo pictures beside it.
+One CPU thread is enough: 4,800 steps of 8 pictures take 22 minutes of it (AMD EPYC, AVX2).
+A usable VAE is written every `--save-every` steps, the last one at the end, with the PSNR on held-out and demo
+pictures beside it.
 """
 
 import argparse

@@ -115,8 +115,8 @@ def test_vae_reconstructs_pictures_it_was_not_trained_on(vae: AutoencoderKLQwenI
     decoded = vae.decode(latents).sample[:, :, 0]
     psnr = -10 * ((decoded - pictures) / 2).square().mean(dim=(1, 2, 3)).log10()
     stated = json.loads((ROOT / "benchmarks" / "demo_assets" / "results.json").read_text())["vae"]
-    assert stated["held_out"]["pictures"] >= 200 and stated["held_out"]["psnr_db"] >= 22
-    assert psnr.mean() > 22
+    assert stated["held_out"]["pictures"] >= 200 and stated["held_out"]["psnr_db"] >= 27
+    assert psnr.mean() > 27
     assert abs(psnr.mean() - stated["demo"]["psnr_db"]) < 2  # 32 of the 256 pictures
 
     mean = torch.tensor(vae.config.latents_mean).view(1, 16, 1, 1, 1)
@@ -134,7 +134,7 @@ def test_vae_decoder_tolerates_latent_noise(vae: AutoencoderKLQwenImage) -> None
     std = torch.tensor(vae.config.latents_std).view(1, 16, 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     decoded = vae.decode(latents + 0.1 * std * noise).sample[:, :, 0]
-    assert -10 * ((decoded - pictures) / 2).square().mean().log10() > 19
+    assert -10 * ((decoded - pictures) / 2).square().mean().log10() > 24
 
 
 def test_parts_fit_together(vae: AutoencoderKLQwenImage) -> None:
