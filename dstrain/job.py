@@ -93,12 +93,21 @@ def announce(job: Job) -> None:
     samples = recipe.train.steps * recipe.batch.global_batch_size
     moved = [f"{what} on {offload(config, what)}" for what in ("param", "optimizer") if offload(config, what) != "none"]
     dtype = str(job.dtype).removeprefix("torch.")
+    clip = config["gradient_clipping"]
     ranks = f"{job.world_size} rank{'s' * (job.world_size > 1)}"
     rows = {
         "data": job.dataset.summary(),
         "model": f"{recipe.model.family} from {job.components['transformer']} ({recipe.model.init} weights)",
         "parameters": f"{count:,} ({count:,} trained) in {job.depth} blocks of width {job.width}",
-        "engine": ", ".join([f"ZeRO-{stage(config)}", *moved, dtype, f"{ranks} on {job.device.type}"]),
+        "engine": ", ".join(
+            [
+                f"ZeRO-{stage(config)}",
+                *moved,
+                dtype,
+                f"gradients clipped to {clip:g}" if clip else "no clipping",
+                f"{ranks} on {job.device.type}",
+            ]
+        ),
         "batch": f"{recipe.batch.global_batch_size} samples a step, in packs of at most"
         f" {recipe.batch.tokens_per_pack:,} tokens: {micro} micro-step{'s' * (micro > 1)} x {ranks}",
         "run": f"{recipe.train.steps} steps = {samples:,} samples = {samples / len(job.dataset):.1f} epochs"

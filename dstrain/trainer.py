@@ -70,7 +70,20 @@ class Trainer:
         self.first_step = self._resume(resume)
 
     def run(self) -> None:
-        """Train from the first step that is not done yet to the last, save, and export."""
+        """Train what is not done yet, and export."""
+        recipe, folder = self.recipe, Path(self.recipe.run_dir) / "export"
+        todo = recipe.train.steps - self.first_step
+        if todo > 0:
+            self._train()
+        elif self.world.is_main:
+            log.info("all %d steps are done; more of them: train.steps=N", recipe.train.steps)
+        if recipe.train.export and (todo > 0 or not folder.is_dir()):
+            export(self.engine, folder, self.job.components, self.pipeline.index)
+            if self.world.is_main:
+                log.info("exported to %s (diffusers layout)", folder)
+        self.loader.close()
+
+    def _train(self) -> None:
         recipe, main = self.recipe, self.world.is_main
         run_dir, steps = Path(recipe.run_dir), recipe.train.steps
         if main:
@@ -91,11 +104,6 @@ class Trainer:
         finally:
             bar.close()
             tracker.finish()
-            self.loader.close()
-        if recipe.train.export:
-            export(self.engine, run_dir / "export", self.job.components, self.pipeline.index)
-            if main:
-                log.info("exported to %s (diffusers layout)", run_dir / "export")
 
     def train_step(self, step: int) -> dict[str, float]:
         """Take one optimizer step on the step's global batch; return its figures, those of all ranks."""

@@ -78,7 +78,7 @@ def complete(config: Mapping[str, Any], recipe: Recipe, *, world_size: int, bf16
     done.update(dict.fromkeys(BATCH_KEYS, 1), train_batch_size=world_size)
     bf16_section = config.get("bf16") or config.get("bfloat16") or {}
     done["bf16"] = {**bf16_section, "enabled": bf16}
-    done.setdefault("gradient_clipping", 0.0)
+    done.setdefault("gradient_clipping", 1.0)  # DeepSpeed's own default; written out, so that ds_config.json says it
     done.setdefault("steps_per_print", 1 << 40)
     done["zero_optimization"] = dict(config.get("zero_optimization", {}))
     done["optimizer"] = _optimizer(recipe.optimizer, offload(config, "optimizer") != "none")

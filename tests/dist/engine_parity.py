@@ -83,9 +83,7 @@ def parity(stages: dict[str, dict], micros: list[int]) -> dict[str, list[tuple[f
     world = distributed.start()
     results = {}
     for name, ds in stages.items():
-        ds = complete(
-            ds, recipe(8), world_size=world.size, bf16=False, path=Path("ds.json")
-        )
+        ds = complete(ds, recipe(8), world_size=world.size, bf16=False, path=Path("ds.json"))
         engine = build_engine(make, fill, ds, world.device)
         plain = make()
         with torch.no_grad():
