@@ -171,7 +171,9 @@ def load_qwen_text_encoder(folder: Path, dtype: torch.dtype, device: torch.devic
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import Qwen2_5_VLForConditionalGeneration as Encoder
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # every rank would draw one
     path = folder / "config.json"
     _check_class(path, next(iter(read_json(path).get("architectures") or [None])), Encoder.__name__)
     load: Any = Encoder.from_pretrained
