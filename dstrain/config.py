@@ -5,6 +5,7 @@ The ds_config owns precision, ZeRO stage, offload and clipping; the recipe owns 
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ class DataConfig:
     max_pixels: int = knob(1024 * 1024, "larger pictures are scaled down to this area, aspect kept", low=256)
     caption_dropout: float = knob(0.1, "share of captions replaced by '' so that guidance works", low=0, high=1)
     bad_samples: Literal["skip", "error"] = knob("skip", "what to do with a sample that cannot be used")
-    max_bad_samples: int = knob(1000, "stop when more than this many are bad", low=0)
+    max_bad_samples: int = knob(1000, "stop when a rank has met more than this many", low=0)
     workers: int = knob(2, "threads that read and decode ahead, per rank", low=0, high=256)
     encoded_cache_mb: int = knob(512, "host memory per rank for encoded samples seen again; 0 = off", low=0)
 
@@ -59,8 +60,10 @@ class DataConfig:
 class BatchConfig:
     """How much goes into an optimizer step."""
 
-    global_batch_size: int = knob(..., "samples in an optimizer step, over all ranks", low=1)
-    tokens_per_pack: int = knob(8192, "most tokens (text + image) in one micro-batch of one rank", low=16)
+    global_batch_size: int = knob(..., "samples in an optimizer step, over all ranks", low=1, high=1 << 30)
+    tokens_per_pack: int = knob(
+        8192, "most tokens (image + text, the text estimated) in one micro-batch of one rank", low=16
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class ObjectiveConfig:
     )
     shift: Literal["constant", "resolution"] = knob("constant", "mu fixed, or growing with the picture's tokens")
     mu: float = knob(0.8, "exponential shift of sigma (constant shift)", low=-10, high=10)
-    terminal: float = knob(0.02, "the last sigma of the grid (uniform_grid)", low=0, high=0.5)
+    terminal: float = knob(0.02, "the last sigma of the grid (uniform_grid)", low=1e-6, high=0.5)
     mean: float = knob(0.0, "of the logit (logit_normal)", low=-10, high=10)
     std: float = knob(1.0, "of the logit (logit_normal)", low=1e-3, high=10)
     mode_scale: float = knob(1.29, "scale of the mode density (mode)", low=-1, high=1.75)
@@ -98,7 +101,7 @@ class OptimizerConfig:
 class TrainConfig:
     """How long, and what is kept."""
 
-    steps: int = knob(..., "optimizer steps of the whole run", low=1)
+    steps: int = knob(..., "optimizer steps of the whole run", low=1, high=1 << 31)
     save_every: int = knob(500, "steps between checkpoints; the last step is always saved", low=1)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep", low=2)
     export: bool = knob(True, "write diffusers safetensors at the end")
@@ -118,7 +121,7 @@ class Recipe:
     """A run."""
 
     run_dir: str = knob(..., "everything that the run writes goes here")
-    seed: int = knob(0, "of noise, timesteps, order and random weights", low=0)
+    seed: int = knob(0, "of noise, timesteps, order and random weights", low=0, high=(1 << 63) - 1)
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -128,8 +131,6 @@ class Recipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if self.batch.global_batch_size * self.train.steps >= 1 << 62:
-            raise ConfigError("batch.global_batch_size * train.steps is beyond counting")
         if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
             raise ConfigError(f"optimizer.betas must be two numbers in [0, 1), not {self.optimizer.betas}")
         if self.optimizer.warmup_steps > self.train.steps:
@@ -141,17 +142,30 @@ class Recipe:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply overrides like `train.steps=100`; ConfigError names file, key and value."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: a recipe is a YAML file, this is none")
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506, a SafeLoader
     except FileNotFoundError:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such recipe{near}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as e:
         raise ConfigError(f"{path}: not a readable YAML recipe: {' '.join(str(e).split())}") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, batch, train, ...)")
     for override in overrides:
         _apply(tree, override)
-    return build(Recipe, tree, str(path))
+    return build(Recipe, tree, f"{path} with {' '.join(overrides)}" if overrides else str(path))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key that stands twice: the first of two `train:` sections would vanish in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
@@ -212,7 +226,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from e
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote what has * & [ or {{ in it") from e
     *parents, leaf = key.strip().split(".")
     for parent in parents:
         node = tree.setdefault(parent, {})
@@ -239,7 +253,7 @@ def _coerce(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> A
     if origin is list:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not items:
-            raise ConfigError(f"{where} must be a list, not {value!r}")
+            raise ConfigError(f"{where} must be a list with at least one entry, not {value!r}")
         return [_coerce(item, args[0], {}, where) for item in items]
     if origin is dict:
         if not isinstance(value, dict):
@@ -254,8 +268,9 @@ def _coerce(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> A
         raise ConfigError(f"{where} must be {names[kind]}, not {value!r}")
     if kind in (int, float):
         low, high = metadata.get("low"), metadata.get("high")
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            bounds = "finite" if low is None else f"at least {low:g} and finite"
+            bounds = bounds if high is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{where} must be {bounds}, not {value!r}")
     if kind is str and not value and metadata.get("about") and "empty" not in metadata["about"]:
         raise ConfigError(f"{where} is empty")

@@ -14,6 +14,8 @@ from dstrain.engine import checkpoint
 from dstrain.engine.distributed import has_fast_bf16
 from dstrain.engine.ds_config import check_sections, complete, offload, stage, uses_bf16
 from dstrain.engine.estimate import estimate
+from dstrain.errors import ConfigError
+from dstrain.kernels.backend import choose
 from dstrain.models.weights import Weights
 from dstrain.objectives import OBJECTIVES
 from dstrain.pipelines.base import PIPELINES, Pipeline
@@ -47,6 +49,10 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
     family = PIPELINES.get(recipe.model.family)
     make_objective(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        choose(recipe.objective.kernel, device)
+    except ValueError as e:
+        raise ConfigError(f"objective.kernel: {e}") from None
     bf16 = uses_bf16(ds_config, has_fast_bf16(device))
     config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path)
     checkpoint.check_writable(Path(recipe.run_dir))
@@ -58,7 +64,9 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
         tokens_per_pack=recipe.batch.tokens_per_pack,
         world_size=world_size,
     )
-    pipeline = load_pipeline(family, recipe, device=torch.device("cpu"), dtype=torch.float32, load=())
+    pipeline = load_pipeline(
+        family, recipe, device=torch.device("cpu"), dtype=torch.float32, load=("tokenizer", "scheduler")
+    )
     components = {name: pipeline.folder(name) for name in ("transformer", *pipeline.loaders)}
     pipeline.check_fit()
     with torch.device("meta"):
@@ -109,7 +117,7 @@ def announce(job: Job) -> None:
             ]
         ),
         "batch": f"{recipe.batch.global_batch_size} samples a step, in packs of at most"
-        f" {recipe.batch.tokens_per_pack:,} tokens: {micro} micro-step{'s' * (micro > 1)} x {ranks}",
+        f" {recipe.batch.tokens_per_pack:,} tokens: about {micro} micro-step{'s' * (micro > 1)} x {ranks}",
         "run": f"{recipe.train.steps} steps = {samples:,} samples = {samples / len(job.dataset):.1f} epochs"
         f" into {recipe.run_dir}",
         "memory": f"about {need.device / 2**30:.2f} GiB on the device and {need.host / 2**30:.2f} GiB in the host"

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     CAPTION_DROPOUT = 2
     ORDER = 3
     INIT = 4
+    SAMPLE = 5
 
 
 def _rounds(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:

@@ -1,6 +1,8 @@
 """The loop. Model, objective and data meet here and nowhere else."""
 
 import logging
+import math
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dstrain.config import to_dict
 from dstrain.data.loader import Loader, Sample
@@ -37,6 +40,7 @@ class Trainer:
     def __init__(self, job: Job, world: World, *, resume: str = "auto") -> None:
         recipe = job.recipe
         self.job, self.recipe, self.world = job, recipe, world
+        self._stop = False
         self.pipeline = load_pipeline(
             type(job.pipeline),
             recipe,
@@ -67,14 +71,24 @@ class Trainer:
             "data": job.dataset.digest,
             "parameters": sum(s.numel() for s in job.shapes.values()),
         }
+        distributed.check_agreement({**self.facts, "steps": recipe.train.steps, "save_every": recipe.train.save_every})
         self.first_step = self._resume(resume)
 
-    def run(self) -> None:
-        """Train what is not done yet, and export."""
+    def run(self) -> bool:
+        """Train what is not done yet, and export; False if a signal stopped it before the end.
+
+        SIGTERM, SIGUSR1 and SIGINT on any rank stop all of them after the same step, with a checkpoint.
+        """
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(name, self._on_signal)
         recipe, folder = self.recipe, Path(self.recipe.run_dir) / "export"
         todo = recipe.train.steps - self.first_step
         if todo > 0:
-            self._train()
+            if not self._train():
+                self.loader.close()
+                if self.world.is_main:
+                    log.info("stopped as asked; the same command continues")
+                return False
         elif self.world.is_main:
             log.info("all %d steps are done; more of them: train.steps=N", recipe.train.steps)
         if recipe.train.export and (todo > 0 or not folder.is_dir()):
@@ -82,8 +96,13 @@ class Trainer:
             if self.world.is_main:
                 log.info("exported to %s (diffusers layout)", folder)
         self.loader.close()
+        return True
 
-    def _train(self) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._stop = True  # looked at after the step; a second one does no more
+
+    def _train(self) -> bool:
+        """Train to the last step; False if a signal on any rank stopped it before."""
         recipe, main = self.recipe, self.world.is_main
         run_dir, steps = Path(recipe.run_dir), recipe.train.steps
         if main:
@@ -96,20 +115,25 @@ class Trainer:
         try:
             for step in range(self.first_step, steps):
                 stats = self.train_step(step)
+                stopping = stats.pop("stopping") > 0
                 tracker.log(step, stats)
                 bar.set_postfix(loss=f"{stats['loss']:.4f}", refresh=False)
                 bar.update()
-                if (step + 1) % recipe.train.save_every == 0 or step + 1 == steps:
+                if stopping or (step + 1) % recipe.train.save_every == 0 or step + 1 == steps:
                     self._save(step + 1, tracker)
+                if stopping and step + 1 < steps:
+                    return False
         finally:
             bar.close()
             tracker.finish()
+        return True
 
     def train_step(self, step: int) -> dict[str, float]:
         """Take one optimizer step on the step's global batch; return its figures, those of all ranks."""
         started, waited = time.perf_counter(), self.loader.wait_s
         total = self.recipe.batch.global_batch_size
-        sums = torch.zeros(3 + 2 * SIGMA_BINS, dtype=torch.float64)  # loss, tokens, FLOPs, loss and count by sigma
+        # Of all ranks: loss, tokens, FLOPs, wish to stop, then losses and counts by sigma.
+        sums = torch.zeros(4 + 2 * SIGMA_BINS, dtype=torch.float64)
         encode_s = 0.0
         micro_steps = 0
         for samples, last in _with_last(self.loader.step(step)):
@@ -129,20 +153,21 @@ class Trainer:
             sums[0] += per_sample.sum() / total
             sums[1] += encoded.layout.tokens
             sums[2] += 3 * self.engine.module.forward_flops(encoded.layout)
-            sums[3:] += sigma_bins(per_sample, losses.sigmas.cpu()).flatten()
+            sums[4:] += sigma_bins(per_sample, losses.sigmas.cpu()).flatten()
+        sums[3] = self._stop
         sums = distributed.sum_over_ranks(sums.to(self.world.device)).cpu()
-        loss, tokens, flops = sums[:3].tolist()
+        loss, tokens, flops, stopping = sums[:4].tolist()
         if not torch.isfinite(sums[0]):
-            raise TrainingHalted(
-                f"step {step}: the loss is {loss}; no weight was changed by it. The last checkpoint is intact:"
-                " lower optimizer.lr or set gradient_clipping in the ds_config, and run the same command again"
-            )
+            raise TrainingHalted(self._halted(step, f"the loss is {loss}"))
         lr = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         before_step = time.perf_counter()
         grad_norm = self.engine.step(lr)
         now = time.perf_counter()
-        bin_loss, bin_count = sums[3:].view(2, SIGMA_BINS)
+        if not math.isfinite(grad_norm):
+            raise TrainingHalted(self._halted(step, f"the gradient norm is {grad_norm}"))
+        bin_loss, bin_count = sums[4:].view(2, SIGMA_BINS)
         return {
+            "stopping": stopping,
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
@@ -157,6 +182,12 @@ class Trainer:
             **{f"loss_sigma_{b}": float(bin_loss[b] / n) for b, n in enumerate(bin_count.tolist()) if n},
             **memory(self.world.device),
         }
+
+    def _halted(self, step: int, what: str) -> str:
+        return (
+            f"step {step}: {what}; no weight was changed by it, and the last checkpoint is intact."
+            " Lower optimizer.lr or gradient_clipping (ds_config), or look at the data, and run the same command again"
+        )
 
     def _encode(self, samples: list[Sample]) -> dict[str, list[Any]]:
         batch: dict[str, list[Any]] = {
@@ -191,6 +222,7 @@ class Trainer:
         if resume != "auto" and (problem := checkpoint.damage(path)):
             raise CheckpointError(f"--resume {resume}: {problem}")
         checkpoint.check_facts(checkpoint.read_manifest(path), self.facts, path)
+        checkpoint.set_aside_newer(path)
         step = checkpoint.load(self.engine, path)
         if self.world.is_main:
             log.info("continuing from %s at step %d of %d", path, step, self.recipe.train.steps)
@@ -202,7 +234,8 @@ class Trainer:
         facts = {**self.facts, "torch": torch.__version__, "recipe": to_dict(self.recipe)}
         path = checkpoint.save(self.engine, folder, step, facts, self.recipe.train.keep_checkpoints)
         if self.world.is_main:
-            log.info("saved %s", path)
+            with logging_redirect_tqdm():
+                log.info("saved %s", path)
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

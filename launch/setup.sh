@@ -10,7 +10,7 @@
 # DSTRAIN_TORCH_INDEX  package index for torch, e.g. https://download.pytorch.org/whl/cu126 for an older driver
 
 _dstrain_torch="2.13.0"
-_dstrain_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+_dstrain_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 _dstrain_say() { printf 'setup: %s\n' "$*" >&2; }
 

@@ -1,7 +1,8 @@
 """Train: deepspeed launch/train.py --ds_config ds_configs/zero3_offload.json --config launch/recipes/demo.yaml
 
 Runs the same under deepspeed, torchrun, srun and plain python, on GPUs (nccl) and CPUs (gloo).
-Exit codes: 0 finished, 1 failed, 2 refused (a recipe, ds_config, shard, model folder or checkpoint is not usable).
+Exit codes: 0 finished, 75 stopped by a signal (run it again), 1 failed, 2 refused: a recipe, ds_config, shard, model
+folder or checkpoint is not usable.
 """
 
 import argparse
@@ -53,23 +54,29 @@ def main(argv: list[str] | None = None) -> int:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
     )
+    started = False
     try:
         recipe = load_recipe(args.config, args.overrides)
         from dstrain.engine.ds_config import read_ds_config
 
         ds_config = read_ds_config(args.ds_config)
-        from dstrain.engine import distributed
+        from dstrain.engine import checkpoint, distributed
         from dstrain.job import announce, prepare
         from dstrain.trainer import Trainer
 
         job = prepare(recipe, args.ds_config, ds_config, distributed.environment_world()[2])
+        if args.resume not in ("auto", "never"):
+            checkpoint.read_manifest(Path(args.resume))
         announce(job)
         if not args.dry_run:
+            started = True
             world = distributed.start()
-            Trainer(job, world, resume=args.resume).run()
+            finished = Trainer(job, world, resume=args.resume).run()
             distributed.stop()
+            return 0 if finished else 75
     except DstrainError as e:
-        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+        # Before the ranks start, all of a node find the same; after that, an error may be one rank's own.
+        if started or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
             log.error("dstrain: error: %s", e)
         return 1 if isinstance(e, TrainingHalted) else 2
     return 0

@@ -82,6 +82,8 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _make_room(out: Path, count: int) -> None:
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif"):
+        raise ConfigError(f"--out {out}: pictures are written as .png; name a .png file or a folder")
     if out.suffix.lower() != ".png":
         out.mkdir(parents=True, exist_ok=True)
     elif count > 1:

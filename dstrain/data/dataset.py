@@ -18,6 +18,7 @@ from dstrain.data.tar import read_at
 from dstrain.errors import ConfigError, DataError
 
 _MIN_MAX_PIXELS = MULTIPLE * MULTIPLE
+_MAX_TEXT_TOKENS = 1024  # where text encoders cut
 
 
 class Dataset:
@@ -47,7 +48,7 @@ class Dataset:
         self._widths, self._heights = widths[usable], heights[usable]
         self.image_tokens = self._widths // MULTIPLE * (self._heights // MULTIPLE)
         self.caption_bytes = self._rows["caption_bytes"].astype(np.int64)
-        self.tokens = self.image_tokens + self.caption_bytes // 3 + 8
+        self.tokens = self.image_tokens + np.minimum(self.caption_bytes // 3, _MAX_TEXT_TOKENS) + 8
         self.digest = self._digest([(index.path.name, index.size) for index in indexes])
 
     def __len__(self) -> int:

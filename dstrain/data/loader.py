@@ -132,7 +132,7 @@ class Loader:
             if self._tries == 1:
                 raise DataError(
                     f"sample {bad.key!r} of shard {bad.shard} is bad ({bad.reason}: {bad.detail}); repair it or leave "
-                    "it out of the shard, or set bad_sample to 'skip'"
+                    "it out of the shard, or set data.bad_samples to 'skip'"
                 )
             self.bad.record(bad, item.draw)
         if item.sample is None:

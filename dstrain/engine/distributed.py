@@ -1,15 +1,20 @@
 """Who am I: rank, device and process group, the same under deepspeed, torchrun, srun and plain python."""
 
+import logging
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dstrain.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ def keep_compiled_ops() -> None:
     own = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    for lock in folder.glob("*/lock"):
+        log.warning("%s is there: another run is compiling, or one was killed while it did; then delete it", lock)
+    if not torch.cuda.is_available() and not any(folder.glob("*/*.so")):
+        log.info("DeepSpeed compiles its C++ operators now, once: one to three minutes")
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -103,6 +113,19 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError on all ranks unless every rank holds the same facts; it names the fact and the ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(facts))
+    for key, value in gathered[0].items():
+        others = [f"rank {r}: {g.get(key)!r}" for r, g in enumerate(gathered) if g.get(key) != value]
+        if others:
+            raise ConfigError(
+                f"the ranks do not agree on {key}: rank 0: {value!r}, {', '.join(others[:4])}; all nodes must see the"
+                " same recipe, shards and model"
+            )
 
 
 def _free_port() -> int:

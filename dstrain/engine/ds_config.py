@@ -26,25 +26,46 @@ TOP_LEVEL = frozenset(
     dataloader_drop_last use_data_before_expert_parallelism zenflow sequence_parallel_size vocabulary_size
     """.split()
 )
+# Accepted by DeepSpeed, but they would change what is computed behind the trainer's back.
+UNSUPPORTED = frozenset(
+    """
+    amp torch_autocast gradient_allreduce_op gradient_predivide_factor prescale_gradients sparse_gradients
+    seq_parallel_communication_data_type sequence_parallel_size tensor_parallel expert_parallel hybrid_engine pipeline
+    data_efficiency curriculum_learning compression_training weight_quantization sparse_attention elasticity autotuning
+    zenflow
+    """.split()
+)
+# Keys of the sections that DeepSpeed reads without a schema, or too late.
+SECTIONS = {
+    "bf16": "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
+    "data_types": "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
+    "activation_checkpointing": "partition_activations contiguous_memory_optimization cpu_checkpointing"
+    " number_checkpoints synchronize_checkpoint_boundary profile",
+    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds thread_count",
+}
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON; ConfigError for what is not JSON, unknown top-level keys and values out of range."""
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: a ds_config is a JSON file, this is none")
         config = json.loads(path.read_text(), object_pairs_hook=_unique(path))
     except FileNotFoundError:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such ds_config{near}") from None
     except json.JSONDecodeError as e:
         raise ConfigError(f"{path}: not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, RecursionError) as e:
         raise ConfigError(f"{path}: not readable: {e}") from e
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: a ds_config is a JSON object, not {type(config).__name__}")
     for key in config:
         if key not in TOP_LEVEL:
             raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(key, TOP_LEVEL)}")
+        if key in UNSUPPORTED:
+            raise ConfigError(f"{path}: {key!r} is not supported by this trainer; remove it")
     _check_values(config, path)
     return config
 
@@ -81,6 +102,9 @@ def complete(config: Mapping[str, Any], recipe: Recipe, *, world_size: int, bf16
     done.setdefault("gradient_clipping", 1.0)  # DeepSpeed's own default; written out, so that ds_config.json says it
     done.setdefault("steps_per_print", 1 << 40)
     done["zero_optimization"] = dict(config.get("zero_optimization", {}))
+    if bf16 and stage(config) > 0:
+        # DeepSpeed would add the gradients of micro-steps up in bf16, losing the small ones of a large batch.
+        done["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     done["optimizer"] = _optimizer(recipe.optimizer, offload(config, "optimizer") != "none")
     return done
 
@@ -93,11 +117,22 @@ def _optimizer(o: OptimizerConfig, offloaded: bool) -> dict[str, Any]:
 
 
 def _check_values(config: Mapping[str, Any], path: Path) -> None:
-    if (config.get("fp16") or {}).get("enabled"):
-        raise ConfigError(f'{path}: fp16 overflows in these models; use "bf16": {{"enabled": true}}')
-    for section in ("zero_optimization", "bf16", "bfloat16"):
+    for section in ("zero_optimization", "fp16", *SECTIONS, "bfloat16"):
         if not isinstance(config.get(section, {}), dict):
             raise ConfigError(f"{path}: {section} must be an object, not {config[section]!r}")
+        known = SECTIONS.get("bf16" if section == "bfloat16" else section, "").split()
+        for key in config.get(section, {}):
+            if known and key not in known:
+                raise ConfigError(f"{path}: unknown key {section}.{key}{did_you_mean(key, known)}")
+    for what in ("param", "optimizer"):
+        if not isinstance(value := config.get("zero_optimization", {}).get(f"offload_{what}", {}), (dict, type(None))):
+            raise ConfigError(
+                f'{path}: zero_optimization.offload_{what} must be an object such as {{"device": "cpu"}}, not {value!r}'
+            )
+    if config.get("fp16", {}).get("enabled"):
+        raise ConfigError(f'{path}: fp16 overflows in these models; use "bf16": {{"enabled": true}}')
+    if config.get("zero_optimization", {}).get("compute_grad_norm") is False:
+        raise ConfigError(f"{path}: zero_optimization.compute_grad_norm must be true; the norm is logged and guarded")
     level = stage(config)
     if isinstance(level, bool) or level not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {level!r}")
@@ -111,12 +146,24 @@ def _check_values(config: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(f"{path}: zero_optimization.offload_param needs stage 3, not {level}")
     if offload(config, "optimizer") != "none" and level == 0:
         raise ConfigError(f"{path}: zero_optimization.offload_optimizer needs stage 1, 2 or 3, not 0")
+    _check_nvme(config, path)
     for what in ("param", "optimizer"):
         if offload(config, what) not in ("none", "cpu", "nvme"):
             raise ConfigError(
                 f"{path}: zero_optimization.offload_{what}.device must be none, cpu or nvme,"
                 f" not {offload(config, what)!r}"
             )
+
+
+def _check_nvme(config: Mapping[str, Any], path: Path) -> None:
+    for what in ("param", "optimizer"):
+        if offload(config, what) == "nvme":
+            folder = config["zero_optimization"][f"offload_{what}"].get("nvme_path")
+            if not folder or not Path(folder).is_dir():
+                raise ConfigError(
+                    f"{path}: zero_optimization.offload_{what}.nvme_path must be a folder on a fast local disk,"
+                    f" not {folder!r}"
+                )
 
 
 def check_sections(config: Mapping[str, Any], path: Path) -> None:
@@ -129,8 +176,12 @@ def check_sections(config: Mapping[str, Any], path: Path) -> None:
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        hint = did_you_mean(str(first["loc"][-1]), _schema_names(DeepSpeedZeroConfig, first["loc"][:-1]))
-        raise ConfigError(f"{path}: zero_optimization.{key}: {first['msg']}{hint}") from None
+        if first["type"] == "extra_forbidden":
+            known = _schema_names(DeepSpeedZeroConfig, first["loc"][:-1])
+            raise ConfigError(
+                f"{path}: unknown key zero_optimization.{key}{did_you_mean(str(first['loc'][-1]), known)}"
+            ) from None
+        raise ConfigError(f"{path}: zero_optimization.{key} = {first['input']!r}: {first['msg'].lower()}") from None
 
 
 def _schema_names(model: Any, loc: tuple[Any, ...]) -> list[str]:
@@ -152,15 +203,23 @@ def _check_agreement(config: Mapping[str, Any], recipe: Recipe, world_size: int,
         )
     given = {key: config[key] for key in BATCH_KEYS if config.get(key, "auto") != "auto"}
     want = recipe.batch.global_batch_size
+    for key, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f'{path}: {key} must be a positive whole number or "auto", not {value!r}')
     total, micro, accumulation = (given.get(key) for key in BATCH_KEYS)
     if total is not None and total != want:
         raise ConfigError(
             f"{path}: train_batch_size {total} contradicts the recipe's batch.global_batch_size {want};"
             ' remove it or write "auto"'
         )
-    if micro is not None and accumulation is not None and micro * accumulation * world_size != want:
+    if want % ((micro or 1) * (accumulation or 1) * world_size) or (
+        micro is not None and accumulation is not None and micro * accumulation * world_size != want
+    ):
+        if micro is None and accumulation is None:
+            return
         raise ConfigError(
-            f"{path}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x"
+            f"{path}: train_micro_batch_size_per_gpu {micro or 'auto'} x gradient_accumulation_steps"
+            f" {accumulation or 'auto'} x"
             f" {world_size} ranks contradicts the recipe's batch.global_batch_size {want}; micro-batches are packed by"
             ' batch.tokens_per_pack, so remove them or write "auto"'
         )

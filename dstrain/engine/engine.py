@@ -1,5 +1,6 @@
 """The trained module under DeepSpeed, stages 0 to 3, with or without offload."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,9 +26,9 @@ class Engine:
 
     def __init__(self, module: DiT, config: dict[str, Any]) -> None:
         self.config = config
-        self.ds, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(_parameter_groups(module, config)), config=config
-        )
+        groups = list(_parameter_groups(module, config))
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        self.ds, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
 
     @property
     def module(self) -> DiT:
@@ -47,15 +48,30 @@ class Engine:
             self.ds.step()  # lets DeepSpeed count the micro-step; moves no weight
 
     def step(self, lr: float) -> float:
-        """Clip, update, and return the norm of the global batch's gradient before clipping."""
+        """Clip, update, and return the norm of the global batch's gradient before clipping.
+
+        A norm that is not finite means that no weight was changed.
+        """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
         self._forget_bias_correction()
-        # In fp32 without ZeRO, DeepSpeed keeps no norm; the gradients are whole on every rank then.
-        plain = stage(self.config) == 0 and not self.config["bf16"]["enabled"]
-        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]) if plain else 0
+        if stage(self.config) == 0 and not self.config["bf16"]["enabled"]:
+            # In fp32 without ZeRO, DeepSpeed keeps no norm and does not look; gradients are whole on every rank there.
+            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]).item()
+            if not math.isfinite(norm):
+                self.module.zero_grad()
+                return norm
+            self.ds.step()
+            return norm
         self.ds.step()
-        return float(norm if plain else self.ds.get_global_grad_norm())
+        return float(self.ds.get_global_grad_norm())
+
+    def apply_settings(self) -> None:
+        """Put the optimizer settings and the clipping of this run's config into force."""
+        for group, wanted in zip(self.ds.optimizer.param_groups, self._settings, strict=True):
+            group.update(wanted)
+        if hasattr(self.ds.optimizer, "clip_grad"):
+            self.ds.optimizer.clip_grad = self.config["gradient_clipping"]
 
     def _forget_bias_correction(self) -> None:
         """Make the CPU Adam's bias correction a function of the step.
@@ -119,9 +135,10 @@ def _fill_shard(name: str, p: Any, fill: Fill) -> None:
 
 def _parameter_groups(module: nn.Module, config: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """Matrices decay; norms and biases do not (Loshchilov and Hutter leave the choice; this is the usual one)."""
-    decay = config["optimizer"]["params"]["weight_decay"]
+    params = config["optimizer"]["params"]
     trained = [p for p in module.parameters() if p.requires_grad]
     for matrices in (True, False):
         group = [p for p in trained if (len(getattr(p, "ds_shape", p.shape)) > 1) == matrices]
         if group:
-            yield {"params": group, "weight_decay": decay if matrices else 0.0}
+            decay = params["weight_decay"] if matrices else 0.0
+            yield {"params": group, "weight_decay": decay, "betas": tuple(params["betas"]), "eps": params["eps"]}

@@ -38,7 +38,7 @@ def estimate(
     level = stage(config)
     word = 2 if config["bf16"]["enabled"] else 4
     share = [parameters / (world_size if level >= needed else 1) for needed in (1, 2, 3)]
-    states, gradients, weights = 12 * share[0], word * share[1], word * share[2]
+    states, gradients, weights = 12 * share[0], (word if level == 0 else 4) * share[1], word * share[2]
     device = host = 0.0
     if offload(config, "optimizer") == "none":
         device += states + gradients

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,7 +50,9 @@ def export(engine: Engine, folder: Path, components: Mapping[str, Path], index: 
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(Path(source).resolve(), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+    """Link weights; copy what a person may edit, which must not be the source's own file."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):  # another file system, or one without hard links
+            os.link(Path(source).resolve(), target)
+            return
+    shutil.copyfile(source, target)

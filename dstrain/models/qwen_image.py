@@ -51,11 +51,17 @@ class QwenImageParams:
         values = {f.name: config.get(f.name, f.default) for f in fields(cls)}
         axes = values.pop("axes_dims_rope")
         for key, value in values.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{where}: {key} must be a positive integer, not {value!r}")
-        if len(axes) != 3 or sum(axes) != values["attention_head_dim"] or any(a % 2 for a in axes):
+            most = 1024 if key == "num_layers" else 1 << 16
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ConfigError(f"{where}: {key} must be a whole number from 1 to {most}, not {value!r}")
+        if (
+            not isinstance(axes, (list, tuple))
+            or not all(isinstance(a, int) and a > 0 and a % 2 == 0 for a in axes)
+            or len(axes) != 3
+            or sum(axes) != values["attention_head_dim"]
+        ):
             raise ConfigError(
-                f"{where}: axes_dims_rope {list(axes)} must be three even numbers that add up to"
+                f"{where}: axes_dims_rope {axes!r} must be three even numbers that add up to"
                 f" attention_head_dim {values['attention_head_dim']}"
             )
         return cls(axes_dims_rope=tuple(axes), **values)

@@ -108,7 +108,7 @@ def _files(folder: Path) -> list[Path]:
     if len(indexes) > 1:
         raise CheckpointError(f"{folder}: two index files, {indexes[0].name} and {indexes[1].name}; remove one")
     if not indexes:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
         if not files:
             raise CheckpointError(
                 f"{folder}: no *.safetensors file; download the weights"

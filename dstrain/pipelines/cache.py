@@ -43,4 +43,4 @@ class EncodedCache:
         size = sum(v.numel() * v.element_size() for v in entry.values() if isinstance(v, Tensor))
         if size <= self._left and row not in self._kept:
             self._left -= size
-            self._kept[row] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in entry.items()}
+            self._kept[row] = {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in entry.items()}

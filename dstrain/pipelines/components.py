@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dstrain.errors import CheckpointError
-from dstrain.models.weights import load_full
+from dstrain.models.weights import check_weights, load_full
 
 Loader = Callable[[Path, torch.dtype, torch.device], Any]
 M = TypeVar("M", bound=nn.Module)
@@ -164,6 +164,16 @@ def load_qwen_image_vae(folder: Path, dtype: torch.dtype, device: torch.device) 
         if len(vae.config[key]) != vae.config.z_dim:
             raise CheckpointError(f"{path}: {key} has {len(vae.config[key])} values for z_dim {vae.config.z_dim}")
     return vae
+
+
+def check_qwen_image_vae(folder: Path) -> None:
+    """Check the VAE's tensors against its config from the headers alone; CheckpointError with a table."""
+    from diffusers import AutoencoderKLQwenImage
+
+    config = read_json(folder / "config.json")
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage.from_config(config)
+    check_weights({name: p.shape for name, p in vae.named_parameters()}, folder)
 
 
 def load_qwen_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from dstrain.models.packing import PackLayout, Shape
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 from dstrain.pipelines.base import PIPELINES, Condition, Encoded, Pipeline
 from dstrain.pipelines.components import (
+    check_qwen_image_vae,
     load_qwen_image_vae,
     load_qwen_text_encoder,
     load_scheduler_config,
@@ -161,6 +162,14 @@ class QwenImagePipeline(Pipeline):
                     f"{configs[name]}: {key} {found} does not fit the transformer's {other} {wanted};"
                     " they are of different models"
                 )
+        for key in ("latents_mean", "latents_std"):
+            stats, channels = values["vae"].get(key), values["vae"].get("z_dim", 16)
+            whole = isinstance(stats, list) and len(stats) == channels
+            if not (whole and (key == "latents_mean" or min(stats) > 0)):
+                raise CheckpointError(
+                    f"{configs['vae']}: {key} must be one number a latent channel (std > 0): {stats!r}"
+                )
+        check_qwen_image_vae(self.folder("vae"))
 
     @cached_property
     def latent_stats(self) -> tuple[Tensor, Tensor]:

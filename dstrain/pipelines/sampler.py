@@ -152,7 +152,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 def starting_noise(seed: int, i: int, tokens: int, channels: int) -> Tensor:
     """Return the noise [tokens, channels] of picture `i`, the same on every machine."""
     elements = torch.arange(tokens * channels)
-    return rng.normal(seed, rng.Purpose.NOISE, torch.tensor(i), elements).view(tokens, channels)
+    return rng.normal(seed, rng.Purpose.SAMPLE, torch.tensor(i), elements).view(tokens, channels)
 
 
 def to_pil(picture: Tensor) -> Image.Image:

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from runs import launch, losses, metrics, prepare_run
+from runs import ROOT, environment, launch, losses, metrics, prepare_run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.dist
@@ -75,6 +79,25 @@ def test_one_rank_without_a_launcher_trains_the_same_batches(straight, tmp_path)
         assert ours["loss"] == pytest.approx(two_ranks["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(two_ranks["grad_norm"], rel=1e-3)
         assert ours["tokens"] == two_ranks["tokens"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(straight, tmp_path, name):
+    _, recipe, _ = straight
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    argv = [sys.executable, "launch/train.py", "--ds_config", "ds_configs/zero0.json", "--config", str(recipe)]
+    with subprocess.Popen([*argv, f"run_dir={run}", "train.steps=40"], cwd=ROOT, env=environment()) as process:
+        for _ in range(900):
+            if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) > 1:
+                break
+            time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        assert process.wait(60) == 75
+    saved = max(p.name for p in (run / "checkpoints").iterdir())
+    assert int(saved.removeprefix("step-")) == len(metrics(run)) < 40
+    launch(recipe, f"run_dir={run}", "train.steps=40", launcher="python", ds="zero0")
+    launch(recipe, f"run_dir={whole}", "train.steps=40", launcher="python", ds="zero0")
+    assert losses(run) == losses(whole)
 
 
 def test_another_world_size_is_refused_with_both_numbers(straight):

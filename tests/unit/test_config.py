@@ -41,7 +41,7 @@ def test_one_shard_need_not_be_a_list():
     [
         ({"sede": 1}, "did you mean 'seed'"),
         ({"seed": True}, "whole number"),
-        ({"seed": -1}, "at least 0"),
+        ({"seed": -1}, "between 0 and"),
         ({"model": {"path": ""}}, "empty"),
         ({"model": {}}, "model.path must be given"),
         ({"model": "m"}, "must be a mapping"),

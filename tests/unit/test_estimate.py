@@ -14,22 +14,22 @@ def run(zero, *, world, tokens=1, checkpointing=True, bf16=True, **model):
     return estimate(config, world_size=world, tokens=tokens, checkpointing=checkpointing, **{**QWEN, **model})
 
 
-@pytest.mark.parametrize(("world", "gigabytes"), [(2, 163), (4, 82), (8, 41), (16, 20.4)])
-def test_zero3_takes_16_bytes_a_parameter_over_all_ranks(world, gigabytes):
+@pytest.mark.parametrize(("world", "gigabytes"), [(2, 183.9), (4, 91.9), (8, 46.0), (16, 23.0)])
+def test_zero3_takes_18_bytes_a_parameter_over_all_ranks(world, gigabytes):
     block = 2 * QWEN["parameters"] / 60  # one gathered block comes on top
     assert (run({"stage": 3}, world=world).device - block) / GB == pytest.approx(gigabytes, rel=0.02)
 
 
-def test_offload_moves_20_bytes_a_parameter_to_the_host():
+def test_offload_moves_22_bytes_a_parameter_to_the_host():
     cpu = {"device": "cpu"}
     need = run({"stage": 3, "offload_param": cpu, "offload_optimizer": cpu}, world=1)
-    assert need.host / QWEN["parameters"] == pytest.approx(20, rel=0.01)
+    assert need.host / QWEN["parameters"] == pytest.approx(22, rel=0.01)
     assert need.device < 2 * GB
 
 
 def test_stages_shard_what_they_should():
     needs = [run({"stage": s}, world=8).device / QWEN["parameters"] for s in (0, 1, 2)]
-    assert needs == pytest.approx([16, 2 + 2 + 1.5, 2 + (2 + 12) / 8], rel=0.02)
+    assert needs == pytest.approx([16, 2 + 4 + 1.5, 2 + (4 + 12) / 8], rel=0.02)
 
 
 def test_checkpointing_saves_the_known_share():

@@ -57,7 +57,7 @@ def refuse(good, caplog, monkeypatch):
         ("optimizer.lr=fast", ["optimizer.lr", "a number", "'fast'"]),
         ("optimizer.lr=-1", ["optimizer.lr", "at least 0"]),
         ("optimizer.lr=.nan", ["optimizer.lr"]),
-        ("train.steps=0", ["train.steps", "at least 1"]),
+        ("train.steps=0", ["train.steps", "between 1 and"]),
         ("train.steps=2.5", ["train.steps", "whole number"]),
         ("model.gelu=tan", ["model.gelu", "did you mean 'tanh'"]),
         ("model.family=qwen_imag", ["qwen_imag", "did you mean 'qwen_image'"]),
@@ -66,6 +66,12 @@ def refuse(good, caplog, monkeypatch):
         ("optimizer.betas=[0.9]", ["optimizer.betas"]),
         ("optimizer.warmup_steps=99", ["warmup_steps", "99", "4"]),
         ("train.steps", ["section.key=value"]),
+        ("optimizer.betas=[0.9, .nan]", ["optimizer.betas", "finite"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "finite"]),
+        ("objective.terminal=0", ["objective.terminal"]),
+        ("seed=99999999999999999999", ["seed", "between"]),
+        ("data.shards=[]", ["data.shards", "at least one"]),
+        ("data.shards=*.tar", ["quote"]),
         ("batch.global_batch_size=25", ["24", "25"]),
         ("batch.tokens_per_pack=17", ["tokens_per_pack"]),
         ("data.shards=[nowhere/*.tar]", ["nowhere/*.tar"]),
@@ -85,6 +91,9 @@ def test_recipe_file(refuse, good, tmp_path):
     assert "not a readable YAML" in refuse(recipe=path)
     path.write_text("just text")
     assert "mapping" in refuse(recipe=path)
+    path.write_text("train: {steps: 3}\ntrain: {steps: 9}\n")
+    assert "'train' stands twice" in refuse(recipe=path)
+    assert "this is none" in refuse(recipe=Path("/dev/zero"))
     tree = yaml.safe_load((good / "recipe.yaml").read_text())
     del tree["train"]["steps"]
     path.write_text(yaml.safe_dump(tree))
@@ -115,6 +124,16 @@ def test_recipe_file(refuse, good, tmp_path):
         ('{"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}', ["3", "2", "global_batch_size 8"]),
         ('{"optimizer": {"type": "AdamW"}}', ["optimizer", "recipe"]),
         ('{"bf16": {"enabled": "yes"}}', ["bf16.enabled"]),
+        ('{"bf16": {"enabeld": true}}', ["bf16.enabeld", "did you mean 'enabled'"]),
+        ('{"data_types": {"grad_accum_dtyp": "fp32"}}', ["did you mean 'grad_accum_dtype'"]),
+        ('{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}', ["offload_param", '"device": "cpu"']),
+        ('{"zero_optimization": {"stage": 3, "sub_group_size": "many"}}', ["sub_group_size", "'many'"]),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', ["nvme_path"]),
+        ('{"gradient_allreduce_op": "sum"}', ["gradient_allreduce_op", "not supported"]),
+        ('{"elasticity": {"enabled": true}}', ["elasticity", "not supported"]),
+        ('{"train_micro_batch_size_per_gpu": 0}', ["train_micro_batch_size_per_gpu", "0"]),
+        ('{"gradient_accumulation_steps": 3}', ["gradient_accumulation_steps 3", "global_batch_size 8"]),
+        ("[" * 100_000, ["not readable"]),
     ],
 )
 def test_ds_config(refuse, tmp_path, text, says):
@@ -187,6 +206,31 @@ def test_parts_of_different_models(refuse, model, part, key, says):
     config.get("text_config", config)[key] = 20
     path.write_text(json.dumps(config))
     assert says in refuse(f"model.path={model}")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("vae", {"latents_std": [0.0] * 16}, "latents_std"),
+        ("vae", {"latents_mean": [0.0]}, "latents_mean"),
+        ("vae", {"base_dim": 8}, "misshapen"),
+        ("transformer", {"num_layers": 10**9}, "num_layers"),
+        ("transformer", {"axes_dims_rope": "wide"}, "axes_dims_rope"),
+    ],
+)
+def test_broken_configs(refuse, model, part, change, says):
+    path = model / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert says in refuse(f"model.path={model}")
+
+
+def test_a_checkpoint_that_is_none(refuse, tmp_path):
+    assert "not a checkpoint" in refuse("--resume", str(tmp_path))
+
+
+def test_broken_tokenizer(refuse, model):
+    (model / "tokenizer/tokenizer.json").write_text("{")
+    assert "tokenizer" in refuse(f"model.path={model}")
 
 
 def test_model_of_another_family(refuse, model):
