@@ -307,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(figures + "\n")
         if args.out:
             args.out.write_text(figures + "\n")
+    if dist.is_initialized():
+        distributed.stop(0, together=True)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,15 @@ def main(argv: list[str] | None = None) -> int:
             started = True
             world = distributed.start()
             finished = Trainer(job, world, resume=args.resume).run()
-            distributed.stop()
-            return 0 if finished else 75
+            distributed.stop(0 if finished else 75, together=True)
     except DstrainError as e:
         # Before the ranks start, all of a node find the same; after that, an error may be one rank's own.
         if started or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
             log.error("dstrain: error: %s", e)
-        return 1 if isinstance(e, TrainingHalted) else 2
+        code = 1 if isinstance(e, TrainingHalted) else 2
+        if started:
+            distributed.stop(code, together=False)
+        return code
     return 0
 
 

@@ -164,8 +164,8 @@ class QwenImagePipeline(Pipeline):
                 )
         for key in ("latents_mean", "latents_std"):
             stats, channels = values["vae"].get(key), values["vae"].get("z_dim", 16)
-            whole = isinstance(stats, list) and len(stats) == channels
-            if not (whole and (key == "latents_mean" or min(stats) > 0)):
+            fits = isinstance(stats, list) and len(stats) == channels
+            if not fits or (key == "latents_std" and min(stats or [0]) <= 0):
                 raise CheckpointError(
                     f"{configs['vae']}: {key} must be one number a latent channel (std > 0): {stats!r}"
                 )

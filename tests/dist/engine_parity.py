@@ -116,5 +116,4 @@ def parity(stages: dict[str, dict], micros: list[int]) -> dict[str, list[tuple[f
         gap = max(float((p - q).abs().max()) for (_, p), q in zip(engine.parameters_gathered(), plain.parameters()))
         results[name] = [*rows, (gap,)]
         assert all(math.isfinite(x) for x in rows[-1])
-    distributed.stop()
     return results

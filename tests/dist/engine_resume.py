@@ -50,7 +50,6 @@ def resume(stages: dict[str, tuple[dict, bool]], tmp: str) -> dict[str, bool]:
         checkpoint.load(changed, path)
         assert changed.ds.optimizer.param_groups[0]["weight_decay"] == 0.7, name
         assert getattr(changed.ds.optimizer, "clip_grad", 0.125) == 0.125, name
-    distributed.stop()
     return results
 
 
@@ -72,8 +71,6 @@ def full_disk(tmp: str) -> tuple[str, list[str]]:
     except CheckpointError as e:
         said = str(e)
     left = sorted(p.name for p in folder.iterdir())
-    torch.distributed.barrier()
-    distributed.stop()
     return said, left
 
 
@@ -90,5 +87,4 @@ def bad_gradient(stages: dict[str, dict]) -> dict[str, bool]:
         norm = engine.step(LR)
         same = all(torch.equal(p, before[n]) for n, p in engine.parameters_gathered())
         results[name] = same and not torch.isfinite(torch.tensor(norm)).item()
-    distributed.stop()
     return results

@@ -50,3 +50,6 @@ if __name__ == "__main__":
     module, _, function = target.partition(":")
     result = getattr(__import__(module), function)(*args)
     Path(sys.argv[2]).write_bytes(pickle.dumps(result))
+    from dstrain.engine import distributed
+
+    distributed.stop(0, together=True)
