@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, environment
+from small_runs import ROOT, environment
 
 WARM_UP = """
 from dstrain.engine.distributed import keep_compiled_ops

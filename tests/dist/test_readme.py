@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import ROOT, environment, metrics, picture_folder
+from small_runs import ROOT, environment, metrics, picture_folder
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [

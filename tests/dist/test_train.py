@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from runs import ROOT, environment, launch, losses, metrics, prepare_run
+from small_runs import ROOT, environment, launch, losses, metrics, prepare_run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.dist

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import ROOT, prepare_run
 from safetensors.torch import load_file, save_file
+from small_runs import ROOT, prepare_run
 
 from dstrain.engine import distributed
 
