@@ -55,6 +55,7 @@ def save(engine: Engine, folder: Path, step: int, facts: Mapping[str, Any], keep
         if errors := [e for _, e in gathered if e]:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
+            dist.barrier()  # all ranks leave after the clean-up
             free = shutil.disk_usage(folder.parent).free / 2**30
             raise CheckpointError(f"{final}: not saved ({'; '.join(errors)}); {free:.2f} GiB are free there")
         return [r for r, _ in gathered]
