@@ -83,19 +83,16 @@ class Trainer:
             signal.signal(name, self._on_signal)
         recipe, folder = self.recipe, Path(self.recipe.run_dir) / "export"
         todo = recipe.train.steps - self.first_step
-        if todo > 0:
-            if not self._train():
-                self.loader.close()
-                if self.world.is_main:
-                    log.info("stopped as asked; the same command continues")
-                return False
-        elif self.world.is_main:
+        if todo > 0 and not self._train():
+            if self.world.is_main:
+                log.info("stopped as asked; the same command continues")
+            return False
+        if todo <= 0 and self.world.is_main:
             log.info("all %d steps are done; more of them: train.steps=N", recipe.train.steps)
         if recipe.train.export and (todo > 0 or not folder.is_dir()):
             export(self.engine, folder, self.job.components, self.pipeline.index)
             if self.world.is_main:
                 log.info("exported to %s (diffusers layout)", folder)
-        self.loader.close()
         return True
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -126,6 +123,7 @@ class Trainer:
         finally:
             bar.close()
             tracker.finish()
+            self.loader.close()
         return True
 
     def train_step(self, step: int) -> dict[str, float]:

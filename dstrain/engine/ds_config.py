@@ -66,6 +66,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(key, TOP_LEVEL)}")
         if key in UNSUPPORTED:
             raise ConfigError(f"{path}: {key!r} is not supported by this trainer; remove it")
+    if "bfloat16" in config:  # DeepSpeed's older name for the section
+        old = config.pop("bfloat16")
+        config["bf16"] = config.get("bf16") or old
     _check_values(config, path)
     return config
 
@@ -83,7 +86,7 @@ def offload(config: Mapping[str, Any], what: str) -> str:
 
 def uses_bf16(config: Mapping[str, Any], hardware_bf16: bool) -> bool:
     """Whether weights are bf16; `"auto"` means: where the hardware multiplies bf16."""
-    enabled = (config.get("bf16") or config.get("bfloat16") or {}).get("enabled", False)
+    enabled = config.get("bf16", {}).get("enabled", False)
     return hardware_bf16 if enabled == "auto" else enabled
 
 
@@ -93,12 +96,11 @@ def complete(config: Mapping[str, Any], recipe: Recipe, *, world_size: int, bf16
     Raises ConfigError where the JSON and the recipe state different things.
     """
     _check_agreement(config, recipe, world_size, path)
-    done = {key: value for key, value in config.items() if key != "bfloat16"}
+    done = dict(config)
     # Packs differ in size and number from step to step: the trainer scales the loss by the global batch itself and
     # tells the engine where each accumulation ends, so to DeepSpeed a step is one micro-batch of one.
     done.update(dict.fromkeys(BATCH_KEYS, 1), train_batch_size=world_size)
-    bf16_section = config.get("bf16") or config.get("bfloat16") or {}
-    done["bf16"] = {**bf16_section, "enabled": bf16}
+    done["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
     done.setdefault("gradient_clipping", 1.0)  # DeepSpeed's own default; written out, so that ds_config.json says it
     done.setdefault("steps_per_print", 1 << 40)
     done["zero_optimization"] = dict(config.get("zero_optimization", {}))
@@ -117,10 +119,10 @@ def _optimizer(o: OptimizerConfig, offloaded: bool) -> dict[str, Any]:
 
 
 def _check_values(config: Mapping[str, Any], path: Path) -> None:
-    for section in ("zero_optimization", "fp16", *SECTIONS, "bfloat16"):
+    for section in ("zero_optimization", "fp16", *SECTIONS):
         if not isinstance(config.get(section, {}), dict):
             raise ConfigError(f"{path}: {section} must be an object, not {config[section]!r}")
-        known = SECTIONS.get("bf16" if section == "bfloat16" else section, "").split()
+        known = SECTIONS.get(section, "").split()
         for key in config.get(section, {}):
             if known and key not in known:
                 raise ConfigError(f"{path}: unknown key {section}.{key}{did_you_mean(key, known)}")
@@ -139,7 +141,7 @@ def _check_values(config: Mapping[str, Any], path: Path) -> None:
     clip = config.get("gradient_clipping", 0.0)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 <= clip < float("inf"):
         raise ConfigError(f"{path}: gradient_clipping must be a number >= 0 (0 = off), not {clip!r}")
-    enabled = (config.get("bf16") or config.get("bfloat16") or {}).get("enabled", False)
+    enabled = config.get("bf16", {}).get("enabled", False)
     if enabled not in (True, False, "auto"):
         raise ConfigError(f'{path}: bf16.enabled must be true, false or "auto", not {enabled!r}')
     if offload(config, "param") != "none" and level != 3:
