@@ -12,23 +12,22 @@ from importlib import import_module
 from dstrain import __version__
 from dstrain.errors import DstrainError
 
-COMMANDS = ("pack", "index", "init", "sample", "report")
+COMMANDS = ("pack", "index", "verify", "init", "sample", "report")
 ABOUT = "Prepare data and models for dstrain, paint pictures, and look at runs. Training: launch/train.py."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit code: 0, or 2 with one sentence on stderr when the input is at fault."""
+    """Run one subcommand and return the exit code: its own or 0, or 2 with one sentence on stderr for bad input."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except DstrainError as error:
         return _refuse(str(error))
     except OSError as error:
         if error.filename is None:  # not a file that the user named
             raise
         return _refuse(f"{error.filename}: {error.strerror}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,16 +44,49 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Shards that belong together, when there are several sources."""
+
+    shards: list[str] = knob(..., "tar shards: files, folders, globs, ranges {000..012}, or URLs (s3, gs, hf, https)")
+    repeat: float = knob(1.0, "how often an epoch holds each sample", low=1e-6, high=1e6)
+    weight: float = knob(0.0, "share of all samples, relative to the other sources'; 0 = by size and repeat", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which samples, and how they are read."""
 
-    shards: list[str] = knob(..., "tar shards: files, folders or globs")
+    shards: list[str] = knob([], "tar shards: files, folders, globs, ranges {000..012}, or URLs (s3, gs, hf, https)")
+    sources: dict[str, SourceConfig] = knob(
+        {}, "instead of shards: several sources by name, each {shards: [...], repeat: 1.0} or {shards: [...], weight: 0.3}"
+    )
     max_pixels: int = knob(1024 * 1024, "larger pictures are scaled down to this area, aspect kept", low=256)
+    min_pixels: int = knob(256, "smaller pictures are left out, or enlarged to this area with upscale", low=256)
+    width: int = knob(0, "with height: bring every picture to exactly this size; 0 = keep the aspect", low=0)
+    height: int = knob(0, "see width", low=0)
+    fit: Literal["scale", "crop"] = knob("scale", "resize the whole picture, or cut a window at full resolution")
+    upscale: bool = knob(False, "enlarge pictures that are too small, instead of leaving them out")
+    crop: Literal["centre", "random"] = knob("centre", "which part stays where a picture is cut")
+    flip: float = knob(0.0, "share of the samples that are mirrored", low=0, high=1)
+    background: str = knob("white", "colour under transparent pictures: white, black, grey or #rrggbb")
+    caption: Literal["first", "random"] = knob("first", "of several captions in a JSON: the first, or any")
+    shuffle_tags: bool = knob(False, "shuffle the comma-separated tags of a caption")
+    keep_tags: int = knob(0, "tags at the front that stay there (shuffle_tags)", low=0)
     caption_dropout: float = knob(0.1, "share of captions replaced by '' so that guidance works", low=0, high=1)
+    frames: int = knob(1, "most frames of a video, 4 k + 1", low=1)
+    fps: float = knob(0.0, "frames a second that a video is resampled to; 0 = as stored", low=0, high=1000)
+    shuffle_window: int = knob(1 << 16, "samples shuffled among each other; their shards are read at one time", low=1)
     bad_samples: Literal["skip", "error"] = knob("skip", "what to do with a sample that cannot be used")
-    max_bad_samples: int = knob(1000, "stop when a rank has met more than this many", low=0)
+    max_bad_samples: int = knob(1000, "stop when the run has met more different ones than this", low=0)
+    max_consecutive_bad: int = knob(32, "stop when more samples in a row than this are bad", low=0)
     workers: int = knob(2, "threads that read and decode ahead, per rank", low=0, high=256)
+    cache_dir: str = knob("", "folder on the node for remote shards; empty = dstrain/shards in the user's cache folder")
+    cache_gb: float = knob(100.0, "most that the shards in cache_dir take together", low=0.001)
     encoded_cache_mb: int = knob(512, "host memory per rank for encoded samples seen again; 0 = off", low=0)
+
+    def __post_init__(self) -> None:
+        if bool(self.shards) == bool(self.sources):
+            raise ConfigError("give data.shards or data.sources: the tar shards to train on, in one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +225,10 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
         elif f.default is MISSING and f.default_factory is MISSING:
             about = f.metadata.get("about", "see launch/recipes/ for examples")
             raise ConfigError(f"{where}: {key} must be given: {about}")
-    return cls(**given)
+    try:
+        return cls(**given)
+    except ConfigError as e:  # of values that do not go together
+        raise ConfigError(f"{where}: {e}") from None
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -258,6 +294,9 @@ def _coerce(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> A
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where} must be a mapping, not {value!r}")
+        if dataclasses.is_dataclass(args[1]):
+            file, _, key = where.rpartition(": ")
+            return {str(k): build(typing.cast(type, args[1]), v, file, f"{key}.{k}.") for k, v in value.items()}
         return {str(k): _coerce(v, args[1], {}, f"{where}.{k}") for k, v in value.items()}
     assert not isinstance(kind, types.UnionType)
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):

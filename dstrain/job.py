@@ -1,15 +1,20 @@
 """A run that has been checked: what is refused is refused here, cheaply, before anything heavy is built."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dstrain.config import Recipe, to_dict
-from dstrain.data.dataset import Dataset, open_dataset
+from dstrain.config import DataConfig, Recipe, to_dict
+from dstrain.data.cache import Cache
+from dstrain.data.dataset import Dataset, Source, open_dataset
 from dstrain.data.plan import Plan
+from dstrain.data.remote import is_remote
+from dstrain.data.resolution import Resolution, colour
+from dstrain.data.selection import Clip, Wanted
 from dstrain.engine import checkpoint
 from dstrain.engine.distributed import has_fast_bf16
 from dstrain.engine.ds_config import check_sections, complete, offload, stage, uses_bf16
@@ -19,6 +24,7 @@ from dstrain.kernels.backend import choose
 from dstrain.models.weights import Weights
 from dstrain.objectives import OBJECTIVES
 from dstrain.pipelines.base import PIPELINES, Pipeline
+from dstrain.storage import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +62,9 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
     bf16 = uses_bf16(ds_config, has_fast_bf16(device))
     config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path)
     checkpoint.check_writable(Path(recipe.run_dir))
-    dataset = open_dataset(recipe.data.shards, max_pixels=recipe.data.max_pixels)
-    plan = Plan(
-        dataset.tokens,
-        seed=recipe.seed,
-        global_batch_size=recipe.batch.global_batch_size,
-        tokens_per_pack=recipe.batch.tokens_per_pack,
-        world_size=world_size,
-    )
+    colour(recipe.data.background)
+    wanted = wanted_samples(recipe.data, family.columns())
+    dataset = open_data(recipe.data, wanted)
     pipeline = load_pipeline(
         family, recipe, device=torch.device("cpu"), dtype=torch.float32, load=("tokenizer", "scheduler")
     )
@@ -71,6 +72,15 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
     pipeline.check_fit()
     with torch.device("meta"):
         model = pipeline.build_transformer()
+    plan = Plan(
+        dataset,
+        seed=recipe.seed,
+        global_batch_size=recipe.batch.global_batch_size,
+        tokens_per_pack=recipe.batch.tokens_per_pack,
+        world_size=world_size,
+        attention_length=model.attention_length,
+        window=recipe.data.shuffle_window,
+    )
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if recipe.model.init == "pretrained":
         Weights(components["transformer"]).check(shapes)
@@ -85,7 +95,9 @@ def announce(job: Job) -> None:
     """Log every derived number of the run."""
     recipe, config = job.recipe, job.ds_config
     count = sum(s.numel() for s in job.shapes.values())
-    micro = max(len(job.plan.step(s)) for s in range(min(3, recipe.train.steps)))
+    figures = [job.plan.figures(step) for step in range(min(3, recipe.train.steps))]
+    micro = max(micros for micros, _, _ in figures)
+    used, waiting = (sum(figure[i] for figure in figures) / len(figures) for i in (1, 2))
     word = encoder_dtype(job).itemsize
     frozen = [Weights(folder) for name, folder in job.components.items() if name in ("vae", "text_encoder")]
     need = estimate(
@@ -94,7 +106,7 @@ def announce(job: Job) -> None:
         world_size=job.world_size,
         width=job.width,
         layers=job.depth,
-        tokens=min(recipe.batch.tokens_per_pack, int(job.dataset.tokens.sum())),
+        tokens=min(recipe.batch.tokens_per_pack, recipe.batch.global_batch_size * job.dataset.max_tokens),
         encoder_bytes=word * sum(e.shape.numel() for w in frozen for e in w.entries.values()),
         checkpointing=recipe.model.activation_checkpointing,
     )
@@ -117,7 +129,8 @@ def announce(job: Job) -> None:
             ]
         ),
         "batch": f"{recipe.batch.global_batch_size} samples a step, in packs of at most"
-        f" {recipe.batch.tokens_per_pack:,} tokens: about {micro} micro-step{'s' * (micro > 1)} x {ranks}",
+        f" {recipe.batch.tokens_per_pack:,} tokens: about {micro} micro-step{'s' * (micro > 1)} x {ranks},"
+        f" {used:.0%} full, the costliest rank {waiting:.1%} above the mean",
         "run": f"{recipe.train.steps} steps = {samples:,} samples = {samples / len(job.dataset):.1f} epochs"
         f" into {recipe.run_dir}",
         "memory": f"about {need.device / 2**30:.2f} GiB on the device and {need.host / 2**30:.2f} GiB in the host"
@@ -125,6 +138,26 @@ def announce(job: Job) -> None:
     }
     for key, value in rows.items():
         log.info("%-10s  %s", key, value)
+
+
+def wanted_samples(data: DataConfig, columns: tuple[str, ...]) -> Wanted:
+    """Return what a sample must have; ConfigError for sizes that do not go together."""
+    try:
+        resolution = Resolution(data.max_pixels, data.min_pixels, data.width, data.height, data.fit, data.upscale)
+        clip = Clip(data.frames, data.fps)
+    except ConfigError as e:
+        raise ConfigError(f"data: {e}") from None
+    return Wanted(resolution, columns, clip=clip)
+
+
+def open_data(data: DataConfig, wanted: Wanted) -> Dataset:
+    """Open the shards of a recipe; remote ones through the cache of this node."""
+    sources = {name: Source(s.shards, s.repeat, s.weight or None) for name, s in data.sources.items()}
+    cache = None
+    if any(is_remote(entry) for shards in (data.shards, *(s.shards for s in sources.values())) for entry in shards):
+        folder = Path(data.cache_dir).expanduser() if data.cache_dir else user_cache() / "shards"
+        cache = Cache(folder, int(data.cache_gb * 1e9))
+    return open_dataset(sources or data.shards, wanted, cache=cache, workers=os.cpu_count() or 1, progress=True)
 
 
 def encoder_dtype(job: Job) -> torch.dtype:

@@ -29,6 +29,9 @@ class Purpose(IntEnum):
     ORDER = 3
     INIT = 4
     SAMPLE = 5
+    SHARD_ORDER = 6
+    SOURCE = 7
+    AUGMENT = 8
 
 
 def _rounds(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
@@ -69,6 +72,11 @@ def words_to_uniform(words: Tensor) -> Tensor:
     return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
+def words(seed: int, purpose: Purpose, draw: int, group: int) -> tuple[int, int, int, int]:
+    """Return the four uint32 words of one counter, in plain Python: those that `uniform` and `normal4` begin with."""
+    return _rounds(seed_key(seed), (group, int(purpose), draw & MASK32, draw >> 32 & MASK32))
+
+
 def uniform(seed: int, purpose: Purpose, draws: Tensor) -> Tensor:
     """Return one fp32 uniform number in (0, 1) for each int64 draw number; shape and device as `draws`."""
     return words_to_uniform(_rounds(seed_key(seed), _counter(purpose, draws, 0))[0])
@@ -99,12 +107,16 @@ def normal(seed: int, purpose: Purpose, draws: Tensor, elements: Tensor) -> Tens
     return torch.where(sine, sines, cosines)
 
 
-def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Return a permutation of range(n), int64 [n]: the order that sorts one 64-bit Philox word per place."""
+def shuffled(seed: int, n: int, purpose: Purpose = Purpose.ORDER, stream: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Return a permutation of range(n), int64 [n]: the order that sorts one 64-bit Philox word per place.
+
+    `stream` holds two uint32 numbers: of one seed and purpose, every stream has a permutation of its own.
+    """
     keys = np.empty((n + 1) // 2 * 2, dtype=np.uint64)
+    high, low = stream
     for start in range(0, len(keys) // 2, SHUFFLE_CHUNK):
         counters = np.arange(start, min(start + SHUFFLE_CHUNK, len(keys) // 2), dtype=np.uint64)
-        w0, w1, w2, w3 = _rounds(seed_key(seed), (counters, int(Purpose.ORDER), epoch & MASK32, epoch >> 32))
+        w0, w1, w2, w3 = _rounds(seed_key(seed), (counters, int(purpose), low & MASK32, high & MASK32))
         keys[2 * start : 2 * start + 2 * len(counters) : 2] = w0 << 32 | w1
         keys[2 * start + 1 : 2 * start + 2 * len(counters) : 2] = w2 << 32 | w3
     return np.argsort(keys[:n], kind="stable")

@@ -13,14 +13,17 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dstrain.config import to_dict
-from dstrain.data.loader import Loader, Sample
+from dstrain.data.loader import Loader, Pack, Sample
+from dstrain.data.operators import Operators
+from dstrain.data.policy import Bad, BadSamples
+from dstrain.data.resolution import colour
 from dstrain.engine import checkpoint, distributed
 from dstrain.engine.distributed import World
 from dstrain.engine.ds_config import stage
 from dstrain.engine.engine import build_engine
 from dstrain.engine.export import export
 from dstrain.engine.lr import learning_rate
-from dstrain.errors import CheckpointError, TrainingHalted
+from dstrain.errors import CheckpointError, DataError, TrainingHalted
 from dstrain.job import Job, encoder_dtype, load_pipeline, make_objective
 from dstrain.models.base import DiT
 from dstrain.models.init import initial_slice
@@ -32,6 +35,10 @@ from dstrain.tracking.tracker import Tracker, open_trackers
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class _DataStop(DataError):
+    """The data cannot be gone on with; raised on all ranks at the same place."""
 
 
 class Trainer:
@@ -50,17 +57,24 @@ class Trainer:
         )
         self.engine = build_engine(self._make, self._fill(), job.ds_config, world.device)
         self.objective = make_objective(recipe)
-        self.cache = EncodedCache(self.pipeline, recipe.data.encoded_cache_mb << 20)
+        data = recipe.data
+        operators = Operators(data.crop, data.flip, data.caption, data.shuffle_tags, data.keep_tags)
+        varying = [*(job.dataset.wanted.columns if operators.varies_image else ()), *(["prompt"] * operators.varies_caption)]
+        self.cache = EncodedCache(self.pipeline, data.encoded_cache_mb << 20, varying)
         self.throughput = Throughput.of(world.device, world.size)
         self.loader = Loader(
             job.dataset,
             job.plan,
             world.rank,
-            workers=recipe.data.workers,
-            bad_sample=recipe.data.bad_samples,
-            max_bad_samples=recipe.data.max_bad_samples,
-            quarantine=Path(recipe.run_dir) / f"bad_samples.rank{world.rank}.jsonl",
+            operators=operators,
+            seed=recipe.seed,
+            background=colour(data.background),
+            workers=data.workers,
+            replace=data.bad_samples == "skip",
+            pin=world.device.type == "cuda",
         )
+        quarantine = Path(recipe.run_dir) / "bad_samples.jsonl"
+        self.bad = BadSamples(data.max_bad_samples, data.max_consecutive_bad, quarantine)
         # What must be the same for a checkpoint to be continued exactly.
         self.facts = {
             "world_size": world.size,
@@ -111,7 +125,12 @@ class Trainer:
         bar = tqdm(total=steps, initial=self.first_step, disable=not main, desc=name, unit="step", dynamic_ncols=True)
         try:
             for step in range(self.first_step, steps):
-                stats = self.train_step(step)
+                try:
+                    stats = self.train_step(step)
+                except _DataStop:
+                    if step > self.first_step:  # all ranks are here, and the weights are those before the step
+                        self._save(step, tracker)
+                    raise
                 stopping = stats.pop("stopping") > 0
                 tracker.log(step, stats)
                 bar.set_postfix(loss=f"{stats['loss']:.4f}", refresh=False)
@@ -134,7 +153,8 @@ class Trainer:
         sums = torch.zeros(4 + 2 * SIGMA_BINS, dtype=torch.float64)
         encode_s = 0.0
         micro_steps = 0
-        for samples, last in _with_last(self.loader.step(step)):
+        for pack, last in _with_last(self.loader.step(step)):
+            samples = self._agreed(pack)
             micro_steps += 1
             before = time.perf_counter()
             encoded = self.pipeline.pack(self._encode(samples))
@@ -175,11 +195,24 @@ class Trainer:
             "optimizer_s": now - before_step,
             "samples_seen": (step + 1) * total,
             "micro_steps": micro_steps,
+            "bad_samples": len(self.bad),
             "tokens": int(tokens),
             **self.throughput(now - started, total, int(tokens), flops),
             **{f"loss_sigma_{b}": float(bin_loss[b] / n) for b, n in enumerate(bin_count.tolist()) if n},
             **memory(self.world.device),
         }
+
+    def _agreed(self, pack: Pack) -> list[Sample]:
+        """Return a pack's samples, or raise on all ranks what happened to the data on any of them."""
+        found = distributed.share([*pack.bad, *([str(pack.error)] if pack.error else [])])
+        errors = [item for item in found if isinstance(item, str)]
+        try:
+            self.bad.record([item for item in found if isinstance(item, Bad)], write=self.world.is_main)
+        except DataError as error:
+            errors.insert(0, str(error))
+        if errors:
+            raise _DataStop(errors[0])
+        return pack.samples
 
     def _halted(self, step: int, what: str) -> str:
         return (
@@ -188,11 +221,8 @@ class Trainer:
         )
 
     def _encode(self, samples: list[Sample]) -> dict[str, list[Any]]:
-        batch: dict[str, list[Any]] = {
-            "image": [s.image for s in samples],
-            "prompt": [s.caption for s in samples],
-            "draw": [s.draw for s in samples],
-        }
+        batch: dict[str, list[Any]] = {"prompt": [s.caption for s in samples], "draw": [s.draw for s in samples]}
+        batch |= {name: [s.columns[name] for s in samples] for name in self.job.dataset.wanted.columns}
         return self.cache.encode([s.row for s in samples], batch)
 
     def _make(self) -> DiT:

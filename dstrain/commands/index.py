@@ -1,35 +1,49 @@
-"""Make the missing or stale indexes of shards, and say what the dataset holds.
+"""Make the missing, stale and damaged indexes of shards, and say what the dataset holds.
 
 A shard that another program wrote needs no packing: an index is made beside it, here or at the start of a training.
 """
 
 import argparse
+import json
+import os
+from pathlib import Path
 
 from dstrain.commands.arguments import positive
 from dstrain.config import DataConfig
 
 ABOUT = "index tar shards and describe the dataset: samples, sizes, tokens, what is left out"
+SHOWN = 20  # samples left out that are printed; --report has all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("shards", metavar="SHARDS", nargs="+", help="tar files, folders of them, or globs")
+    parser.add_argument(
+        "shards", metavar="SHARDS", nargs="+", help="tar files, folders of them, globs, or {0..9} ranges"
+    )
     default = DataConfig.__dataclass_fields__["max_pixels"].default
     parser.add_argument(
         "--max-pixels", type=positive, default=default, help="as data.max_pixels of the recipe (%(default)s)"
     )
+    parser.add_argument("--report", metavar="FILE", type=Path, help="write all samples left out here, as JSON lines")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Index, and print the samples that are left out and the summary."""
-    from tqdm import tqdm
-
     from dstrain.data.dataset import open_dataset
-    from dstrain.data.shards import find_shards, open_index
+    from dstrain.data.resolution import Resolution
+    from dstrain.data.selection import Wanted
+    from dstrain.data.shards import find_local, renew_indexes
+    from dstrain.storage import write_atomic
 
-    for path in tqdm(find_shards(args.shards), unit="shard", disable=None):
-        open_index(path)
-    dataset = open_dataset(args.shards, max_pixels=args.max_pixels)
-    for entry in dataset.excluded:
+    indexes = renew_indexes(find_local(args.shards), workers=args.workers, progress=True)
+    excluded = [entry for index in indexes for entry in index.excluded]
+    for entry in excluded[:SHOWN]:
         print(f"left out {entry.shard}: {entry.key}: {entry.reason} ({entry.detail})")
-    print(dataset.summary())
+    if args.report is not None:
+        write_atomic(args.report, "".join(json.dumps(vars(entry)) + "\n" for entry in excluded).encode())
+    if len(excluded) > SHOWN:
+        print(f"{len(excluded)} samples are damaged or ambiguous; {args.report or '--report FILE'} lists all")
+    columns = [name for name in ("image", "video") if any(name in index.stats for index in indexes)]
+    wanted = Wanted(Resolution(max_pixels=args.max_pixels), columns=tuple(columns[:1]) or ("image",))
+    print(open_dataset(args.shards, wanted).summary())

@@ -1,28 +1,37 @@
 """Captions from the bytes of a member."""
 
 import json
+from typing import Any
 
 from dstrain.data.reasons import BadSample, Reason
 
-MAX_CAPTION_BYTES = 1 << 16  # of the member; text encoders cut at about 1,000 tokens
+MAX_CAPTION_BYTES = 1 << 16  # text encoders cut at about 1,000 tokens
+MAX_JSON_BYTES = 1 << 20  # of a member: several captions, and whatever else was noted about a picture
 CAPTION_KINDS = ("txt", "json")  # in order of preference; the place in this tuple is what an index stores
 _JSON_FIELDS = ("caption", "text", "prompt")
 
 
-def caption_of(data: bytes, kind: str) -> str:
-    """Return the caption in a member of kind "txt" or "json", without surrounding white space.
+def captions_of(data: bytes, kind: str) -> list[str]:
+    """Return the captions in a member of kind "txt" (exactly one) or "json", each without surrounding white space.
 
-    JSON must be an object with a string under "caption", "text" or "prompt" (the first of them counts).
+    JSON must be an object with a string or a list of strings under "caption", "text" or "prompt" (the first of them
+    that is there counts); empty entries of a list are passed over.
     Raises BadSample if there is none, or it is empty, too long or not UTF-8.
     """
-    check_length(len(data))
+    check_length(len(data), MAX_JSON_BYTES if kind == "json" else MAX_CAPTION_BYTES)
     try:
         text = data.decode("utf-8-sig")
-        if kind == "json":
-            text = _from_json(text)
     except UnicodeDecodeError as error:
         raise BadSample(Reason.CAPTION_ENCODING, f"the caption is not UTF-8: {error.reason}") from error
-    return clean(text)
+    if kind != "json":
+        return [clean(text)]
+    captions = _from_json(text)
+    return [clean(entry) for entry in captions if not _blank(entry)] or [clean("")]
+
+
+def caption_of(data: bytes, kind: str) -> str:
+    """Return the first of `captions_of`."""
+    return captions_of(data, kind)[0]
 
 
 def clean(text: str) -> str:
@@ -39,19 +48,24 @@ def clean(text: str) -> str:
     return text
 
 
-def check_length(size: int) -> None:
-    """Raise BadSample if a caption of `size` bytes is too long to be read."""
-    if size > MAX_CAPTION_BYTES:
-        raise BadSample(Reason.CAPTION_TOO_LONG, f"{size} bytes of caption, more than {MAX_CAPTION_BYTES}")
+def check_length(size: int, limit: int = MAX_CAPTION_BYTES) -> None:
+    """Raise BadSample if a caption (or a JSON member) of `size` bytes is too long to be read."""
+    if size > limit:
+        raise BadSample(Reason.CAPTION_TOO_LONG, f"{size} bytes of caption, more than {limit}")
 
 
-def _from_json(text: str) -> str:
+def _blank(text: str) -> bool:
+    return not text.replace("\ufeff", "").strip()
+
+
+def _from_json(text: str) -> list[str]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample(Reason.NO_CAPTION, "the JSON cannot be parsed") from error
     fields = value if isinstance(value, dict) else {}
     caption = next((fields[name] for name in _JSON_FIELDS if name in fields), None)
-    if not isinstance(caption, str):
-        raise BadSample(Reason.NO_CAPTION, f"the JSON has no string under {', '.join(_JSON_FIELDS)}")
-    return caption
+    captions: list[Any] = caption if isinstance(caption, list) else [caption]
+    if not all(isinstance(entry, str) for entry in captions):
+        raise BadSample(Reason.NO_CAPTION, f"the JSON has no string or strings under {', '.join(_JSON_FIELDS)}")
+    return captions

@@ -1,26 +1,27 @@
 """Decoded samples in the order of the plan, read ahead by threads."""
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from itertools import chain, count
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from dstrain.data.dataset import Dataset
+from dstrain.data.dataset import Dataset, File
 from dstrain.data.decode import decode
+from dstrain.data.names import Content
+from dstrain.data.operators import Operators, SampleRandom
 from dstrain.data.plan import Draw, Plan
-from dstrain.data.policy import Bad, BadSamples
-from dstrain.data.reasons import BadSample, Reason, ranked
-from dstrain.errors import ConfigError, DataError
+from dstrain.data.policy import Bad
+from dstrain.data.reasons import BadSample, ranked
+from dstrain.data.video import decode_video
+from dstrain.errors import DataError
 
-_TRIES = 16  # rows that may fail one after another before the shards themselves are in doubt
+_TRIES = 16  # other rows that are tried for one draw before the shards themselves are in doubt
 _AHEAD = 8  # samples read ahead for each worker; a decoded picture of 1 Mpixel takes 3 MB
 
 
@@ -29,22 +30,40 @@ class Sample:
     """One decoded sample. `row` is the row that was decoded: another than planned if that one was bad."""
 
     key: str
-    shard: str  # path
+    shard: str  # path or URL
     row: int
     draw: int  # running number in the global order
-    image: Tensor  # uint8 [3, H, W], H and W multiples of 16
+    columns: dict[str, Tensor]  # "image": uint8 [3, H, W]; "video": uint8 [F, 3, H, W]; H and W multiples of 16
     caption: str
+
+    @property
+    def image(self) -> Tensor:
+        """The picture, uint8 [3, H, W]."""
+        return self.columns["image"]
+
+
+@dataclass
+class Pack:
+    """What this rank computes in one micro-step.
+
+    samples: in the global order. bad: what failed on the way and was replaced. error: why the pack cannot be computed;
+    it is not raised here, so that the ranks can tell each other and stop together.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
+    error: DataError | None = None
 
 
 @dataclass(frozen=True)
 class _Fetched:
-    draw: int
-    sample: Sample | None  # None if every row that was tried is bad
+    sample: Sample | None
     bad: list[Bad]
+    error: DataError | None = None
 
 
 @dataclass(frozen=True)
-class _Pack:
+class _Coming:
     step: int
     micro: int
     results: list[Callable[[], _Fetched]]
@@ -53,10 +72,11 @@ class _Pack:
 class Loader:
     """Reads and decodes what `plan` gives to `rank`.
 
+    operators: crop, flip and choice of caption, drawn for each draw from (seed, draw). background: RGB under alpha.
     workers: threads that read ahead, 0 to decode when asked. Neither the order nor anything else depends on them.
-    bad_sample: "skip" replaces a bad sample by another row, chosen by the bad row alone; "error" stops at the first.
-    max_bad_samples: different bad rows that this rank may meet. quarantine: file to list them in, one JSON line each.
-    wait_s: seconds that the caller has waited for samples so far.
+    replace: whether a bad sample is replaced by another, chosen by the bad row alone; otherwise it is an error.
+    pin: put what is decoded into page-locked memory, from which a GPU copies without waiting.
+    wait_s: seconds that the caller has waited for samples so far, planning included.
     """
 
     def __init__(
@@ -65,50 +85,63 @@ class Loader:
         plan: Plan,
         rank: int,
         *,
+        operators: Operators | None = None,
+        seed: int = 0,
+        background: tuple[int, int, int] = (255, 255, 255),
         workers: int = 2,
-        bad_sample: Literal["skip", "error"] = "skip",
-        max_bad_samples: int = 100,
-        quarantine: Path | None = None,
+        replace: bool = True,
+        pin: bool = False,
     ) -> None:
         assert len(dataset) == plan.n, "the plan was made for another dataset"
         assert 0 <= rank < plan.world_size
-        if bad_sample not in ("skip", "error"):
-            raise ConfigError(f"bad_sample = {bad_sample!r} is not known; give 'skip' or 'error'")
         self.wait_s = 0.0
-        self.bad = BadSamples(max_bad_samples, quarantine)
-        self._dataset = dataset
-        self._plan = plan
-        self._rank = rank
-        self._tries = _TRIES if bad_sample == "skip" else 1
+        self._dataset, self._plan, self._rank = dataset, plan, rank
+        self._operators = operators or Operators()
+        self._seed, self._background, self._pin = seed, background, pin
+        self._tries = _TRIES if replace else 0
         self._ahead = _AHEAD * workers
-        self._threads = ThreadPoolExecutor(workers, "dstrain-loader") if workers else None
-        self._queue: deque[_Pack] = deque()
+        self._threads = ThreadPoolExecutor(workers, "dstrain-loader", torch.set_num_threads, (1,)) if workers else None
+        self._fetcher = ThreadPoolExecutor(1, "dstrain-fetcher") if dataset.is_remote else None
+        self._fetching: list[int] = []
+        self._queue: deque[_Coming] = deque()
         self._coming = self._packs(0)
 
-    def step(self, step: int) -> Iterator[list[Sample]]:
-        """Yield this rank's pack of each micro-step of `step`, the samples of a pack in the global order.
+    def step(self, step: int) -> Iterator[Pack]:
+        """Yield this rank's pack of each micro-step of `step`; the same for every number of workers.
 
         Reading ahead expects step + 1 to be next; any other step is right too, but starts without a lead.
-        Raises DataError by the policy for bad samples, the same for every number of workers.
         """
         if not self._queue or (self._queue[0].step, self._queue[0].micro) != (step, 0):
             self._queue.clear()
             self._coming = self._packs(step)
             self._fill()
         while self._queue[0].step == step:
-            pack = self._queue.popleft()
+            coming = self._queue.popleft()
             self._fill()
-            yield self._collect(pack)
+            yield self._collect(coming)
 
     def close(self) -> None:
         """Stop reading ahead and end the threads."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._threads, self._fetcher):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
 
-    def _packs(self, first: int) -> Iterator[_Pack]:
-        for step in itertools.count(first):
-            for micro, packs in enumerate(self._plan.step(step)):
-                yield _Pack(step, micro, [self._start(draw) for draw in packs[self._rank]])
+    def _packs(self, first: int) -> Iterator[_Coming]:
+        for step in count(first):
+            try:
+                micros = self._plan.step(step)
+            except DataError as error:  # a shard's index is damaged
+                yield _Coming(step, 0, [partial(_Fetched, None, [], error)])
+                continue
+            self._prefetch(step)
+            for micro, packs in enumerate(micros):
+                yield _Coming(step, micro, [self._start(draw) for draw in packs[self._rank]])
+
+    def _prefetch(self, step: int) -> None:
+        """Bring the shards of the window after this one near while it is read."""
+        if self._fetcher is not None and (ahead := self._plan.shards_ahead(step)) != self._fetching:
+            self._fetching = ahead
+            self._fetcher.submit(self._dataset.prefetch, ahead)
 
     def _start(self, draw: Draw) -> Callable[[], _Fetched]:
         if self._threads is None:
@@ -117,55 +150,64 @@ class Loader:
 
     def _fill(self) -> None:
         """Put packs to work: always the next one, and more until enough samples are under way."""
-        while not self._queue or sum(len(pack.results) for pack in self._queue) < self._ahead:
-            self._queue.append(next(self._coming))
-
-    def _collect(self, pack: _Pack) -> list[Sample]:
-        """Wait for a pack, and count its bad samples here, in the order of the plan, not as threads meet them."""
         start = time.perf_counter()
-        fetched = [result() for result in pack.results]
+        while not self._queue or sum(len(coming.results) for coming in self._queue) < self._ahead:
+            self._queue.append(next(self._coming))
         self.wait_s += time.perf_counter() - start
-        return [self._checked(item) for item in fetched]
 
-    def _checked(self, item: _Fetched) -> Sample:
-        for bad in item.bad:
-            if self._tries == 1:
-                raise DataError(
-                    f"sample {bad.key!r} of shard {bad.shard} is bad ({bad.reason}: {bad.detail}); repair it or leave "
-                    "it out of the shard, or set data.bad_samples to 'skip'"
-                )
-            self.bad.record(bad, item.draw)
-        if item.sample is None:
-            raise DataError(
-                f"{len(item.bad)} samples one after another are bad ({ranked(bad.reason for bad in item.bad)}), the "
-                f"last being {item.bad[-1].key!r} of {item.bad[-1].shard}{self.bad.where()}; check the shards"
-            )
-        return item.sample
+    def _collect(self, coming: _Coming) -> Pack:
+        """Wait for the samples of a pack, and list what was bad in the order of the plan, not as threads met it."""
+        start = time.perf_counter()
+        fetched = [result() for result in coming.results]
+        self.wait_s += time.perf_counter() - start
+        return Pack(
+            [item.sample for item in fetched if item.sample is not None],
+            [bad for item in fetched for bad in item.bad],
+            next((item.error for item in fetched if item.error is not None), None),
+        )
 
     def _fetch(self, draw: Draw) -> _Fetched:
         bad: list[Bad] = []
-        for row in itertools.islice(self._candidates(draw.row), self._tries):
-            try:
-                return _Fetched(draw.draw, self._read(row, draw.draw), bad)
-            except BadSample as error:
-                shard, key = str(self._dataset.shard(row)), self._dataset.keys[row]
-                bad.append(Bad(shard, key, error.reason, str(error), row))
-        return _Fetched(draw.draw, None, bad)
+        try:
+            for row in chain([draw.row], self._dataset.replacements(draw.row, self._tries)):
+                try:
+                    return _Fetched(self._decode(row, draw.draw), bad)
+                except BadSample as error:
+                    shard, key = self._dataset.shard(row), self._dataset.key(row)
+                    bad.append(Bad(draw.draw, shard, key, error.reason, str(error)))
+        except DataError as error:
+            return _Fetched(None, bad, error)
+        return _Fetched(None, bad, _none_left(bad))
 
-    def _read(self, row: int, draw: int) -> Sample:
-        data, caption = self._dataset.read(row)
-        image = decode(data, self._dataset.max_pixels)  # [3, H, W]
-        if (image.shape[2], image.shape[1]) != self._dataset.image_size(row):
-            raise BadSample(Reason.CHANGED, "the picture has another size than the index says")
-        return Sample(self._dataset.keys[row], str(self._dataset.shard(row)), row, draw, image, caption)
+    def _decode(self, row: int, draw: int) -> Sample:
+        raw = self._dataset.read(row)
+        random = SampleRandom(self._seed, draw)
+        columns = {name: self._pixels(file, random) for name, file in raw.files.items()}
+        caption = self._operators.choose(raw.captions, random) if raw.captions else ""
+        return Sample(raw.key, self._dataset.shard(row), row, draw, columns, caption)
 
-    def _candidates(self, row: int) -> Iterator[int]:
-        """Give the row itself, then the rows after it that cost no more, so that the pack keeps to its budget,
-        then the rest: a function of the row alone, so the same on any rank and at any world size.
-        """
-        yield row
-        tokens = self._dataset.tokens
-        others = (row + np.arange(1, len(tokens))) % len(tokens)
-        fits = tokens[others] <= tokens[row]
-        yield from others[fits].tolist()
-        yield from others[~fits].tolist()
+    def _pixels(self, file: File, random: SampleRandom) -> Tensor:
+        wanted, operators = self._dataset.wanted, self._operators
+        size, fit = (file.width, file.height), wanted.resolution.fit
+        place, flip = operators.place(random), operators.flipped(random)
+        if file.content is Content.VIDEO:
+            start, fps = operators.start(random), wanted.clip.fps
+            pixels = decode_video(
+                file.data, size, frames=file.frames, fps=fps, start=start, fit=fit, place=place, flip=flip
+            )
+        else:
+            pixels = decode(file.data, size, fit=fit, place=place, background=self._background, flip=flip)
+        return pixels.pin_memory() if self._pin else pixels
+
+
+def _none_left(bad: list[Bad]) -> DataError:
+    last = bad[-1]
+    if len(bad) == 1:
+        return DataError(
+            f"sample {last.key!r} of shard {last.shard} is bad ({last.reason}: {last.detail}); repair it or leave it "
+            "out of the shard, or set data.bad_samples to 'skip'"
+        )
+    return DataError(
+        f"{len(bad)} samples one after another are bad ({ranked(b.reason for b in bad)}), the last being {last.key!r} "
+        f"of {last.shard}; check the shards with `dstrain verify`"
+    )

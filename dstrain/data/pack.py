@@ -1,138 +1,165 @@
-"""`dstrain pack`: pictures and captions into tar shards with their indexes."""
+"""`dstrain pack`: pictures, videos and captions into tar shards with their indexes.
 
-import io
-import re
-import tarfile
-from contextlib import suppress
-from dataclasses import dataclass, field
+Items are read and proved good by threads and written in order by one, so the bytes do not depend on their number.
+After each shard the manifest says where packing has come to (see `ledger`), so the same call again goes on from there.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
-from dstrain.data.decode import MULTIPLE, load_rgb
-from dstrain.data.probe import probe
-from dstrain.data.reasons import BadSample, Reason, ranked
-from dstrain.data.shards import open_index
-from dstrain.data.sources import Item, find_items
+from tqdm import tqdm
+
+from dstrain.data.items import Item
+from dstrain.data.ledger import REFUSED, Ledger, PackReport, Refused
+from dstrain.data.members import Packed, prepare
+from dstrain.data.reasons import BadSample, ranked
+from dstrain.data.reencode import Reencode
+from dstrain.data.sources import Items, find_items
+from dstrain.data.writer import ShardWriter
 from dstrain.errors import DataError
-from dstrain.storage import fsync_dir, fsync_file
+from dstrain.storage import locked
 
-_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-_SLUG_LENGTH = 60  # with number and extension a name stays under the 100 bytes of a plain tar header
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Refused:
-    """A picture that was not packed."""
-
-    name: str
-    reason: Reason
-    detail: str
+LOCK = ".pack.lock"
+MAX_WORKERS = 16
+_ITEMS_AHEAD = 4  # in flight for each worker
+_BYTES_AHEAD = 1 << 28  # of all items in flight
+_SHOWN = 3  # refusals that are quoted when nothing can be packed
 
 
-@dataclass
-class PackReport:
-    """What `pack` wrote and what it refused."""
+def pack(
+    source: str | Path,
+    out: Path,
+    *,
+    shard_bytes: int = 1 << 28,
+    shard_samples: int = 10_000,
+    columns: Sequence[str] | None = None,
+    base: Path | None = None,
+    reencode: Reencode | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> PackReport:
+    """Pack a table, a folder or tars (see `find_items`) into `out/shard-000000.tar` and so on.
 
-    shards: list[Path] = field(default_factory=list)
-    samples: int = 0
-    refused: list[Refused] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """Describe the outcome in one line."""
-        size = sum(shard.stat().st_size for shard in self.shards)
-        refused = f"; refused {len(self.refused)}: {ranked(r.reason for r in self.refused)}" if self.refused else ""
-        return f"{self.samples} samples in {len(self.shards)} shards, {size / 1e6:.3g} MB{refused}"
-
-
-def pack(source: Path, out: Path, *, shard_bytes: int = 1 << 28, shard_samples: int = 10_000) -> PackReport:
-    """Pack a folder or a table of captioned pictures (see `find_items`) into `out/shard-000000.tar` and so on.
-
-    A shard is closed before it would pass `shard_bytes` or `shard_samples`. Pictures are stored byte for byte after
-    they have been decoded once; those that cannot be used are refused and reported. The same input gives the same
-    bytes. A shard appears under its name only when it is whole, and its index with it.
-    Raises DataError if there is nothing to pack, or `out` already holds shards.
+    A shard is closed before it would pass `shard_bytes` (of the finished tar) or `shard_samples`; a sample that is
+    larger has one to itself. Pictures are stored byte for byte after they have been decoded once, unless `reencode`
+    says otherwise; those that cannot be used are refused, listed in `out/refused.jsonl` and reported. The same input
+    gives the same bytes, whatever `workers` (threads; all cores, at most 16, unless given) is.
+    A shard appears under its name only when it is whole, and its index with it. If packing was interrupted, the same
+    call goes on after the last whole shard; if it was finished, nothing is done. `progress` shows a bar on a terminal.
+    Raises DataError if there is nothing to pack, `out` holds other shards or another packing, or cannot be written to.
     """
-    items = find_items(source)
+    workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
+    found = find_items(source, columns=columns, base=base, workers=workers, progress=progress)
+    options = {
+        "shard_bytes": shard_bytes,
+        "shard_samples": shard_samples,
+        "columns": columns and list(columns),
+        "reencode": reencode and asdict(reencode),
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.glob("*.tar")):
-            raise DataError(f"{out} already holds shards; give an empty folder, or remove them first")
-        report = _write(items, out, shard_bytes, shard_samples)
+        with locked(out / LOCK, wait=False):
+            ledger = Ledger(out, str(source), len(found.items), found.digest, options)
+            if ledger.done:
+                log.info("%s is packed already; nothing is left to do", out)
+            else:
+                _write(found.items, ledger, shard_bytes, shard_samples, reencode, workers, progress)
+    except BlockingIOError as error:
+        raise DataError(f"another process is packing into {out}; wait for it, or give another folder") from error
     except OSError as error:
-        raise DataError(f"shards cannot be written to {out}: {error.strerror}; give another folder") from error
+        raise DataError(
+            f"shards cannot be written to {out}: {error.strerror or error}; when that is mended, the same command goes "
+            "on, or give another folder"
+        ) from error
+    report = ledger.report()
     if not report.samples:
         reasons = ranked(entry.reason for entry in report.refused)
-        raise DataError(f"none of the {len(items)} pictures of {source} can be packed ({reasons})")
+        first = "; ".join(f"{entry.name}: {entry.detail}" for entry in report.refused[:_SHOWN])
+        raise DataError(
+            f"none of the {len(found.items)} items of {source} can be packed ({reasons}), such as {first}; "
+            f"all are in {out / REFUSED}"
+        )
     return report
 
 
-def _write(items: list[Item], out: Path, shard_bytes: int, shard_samples: int) -> PackReport:
-    report = PackReport()
-    shard: _Shard | None = None
+def _write(
+    items: Items,
+    ledger: Ledger,
+    shard_bytes: int,
+    shard_samples: int,
+    reencode: Reencode | None,
+    workers: int,
+    progress: bool,
+) -> None:
+    if ledger.entries:
+        log.info("going on after %s, at item %d of %d", ledger.entries[-1].name, ledger.next, len(items))
+    bar = tqdm(total=len(items), initial=ledger.next, unit="sample", disable=None if progress else True)
+    shard: ShardWriter | None = None
     try:
-        for number, item in enumerate(items):
-            try:
-                key, kind, image, caption = _accept(number, item)
-            except BadSample as error:
-                report.refused.append(Refused(item.name, error.reason, str(error)))
-                continue
-            if shard is not None and not shard.has_room(len(image) + len(caption), shard_bytes, shard_samples):
-                report.shards.append(shard.publish())
-                shard = None
-            if shard is None:
-                shard = _Shard(out / f"shard-{len(report.shards):06d}.tar")
-            shard.add(key, {kind: image, "txt": caption})
-            report.samples += 1
-        if shard is not None:
-            report.shards.append(shard.publish())
+        with bar, closing(_samples(items, ledger.next, reencode, workers)) as samples:
+            for number, sample in enumerate(samples, ledger.next):
+                if isinstance(sample, Refused):
+                    ledger.refuse(sample)
+                else:
+                    sizes = map(len, sample.members.values())
+                    if shard and (shard.samples >= shard_samples or not shard.has_room(sizes, shard_bytes)):
+                        shard.publish()
+                        ledger.add(shard.path, shard.samples, number)
+                        shard = None
+                    shard = shard or ShardWriter(ledger.path())
+                    shard.add(sample.key, sample.members)
+                bar.set_postfix(shards=len(ledger.entries), refused=len(ledger.refused), refresh=False)
+                bar.update()
+        if shard:
+            shard.publish()
+            ledger.add(shard.path, shard.samples, len(items))
+        ledger.finish()
     except BaseException:
-        if shard is not None:
+        if shard:
             shard.discard()
         raise
-    return report
 
 
-def _accept(number: int, item: Item) -> tuple[str, str, bytes, bytes]:
-    """Return key, extension, picture and caption of an item that can be trained on; raises BadSample."""
-    image, caption = item.read()
-    header = probe(image)
-    if min(header.size) < MULTIPLE:
-        raise BadSample(Reason.IMAGE_TOO_SMALL, f"{header.width} x {header.height} pixels, a side under {MULTIPLE}")
-    load_rgb(image, header)
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(item.image).with_suffix("").as_posix()).strip("-")
-    key = f"{number:08d}-{slug[-_SLUG_LENGTH:]}"  # the number keeps keys apart and in order
-    return key, _EXTENSIONS[header.format], image, caption.encode()
+def _samples(
+    items: Items, first: int, reencode: Reencode | None, workers: int
+) -> Generator[Packed | Refused, None, None]:
+    """Make the samples from item `first` on, in order, by threads (decoders release the interpreter's lock).
+
+    A bounded number of items and bytes is in flight.
+    """
+    pending: deque[tuple[Future[Packed | Refused], int]] = deque()  # and the bytes expected
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for number in range(first, len(items)):
+            item = items[number]
+            size = item.size
+            while pending and (len(pending) >= _ITEMS_AHEAD * workers or _held(pending) + size > _BYTES_AHEAD):
+                yield pending.popleft()[0].result()
+            pending.append((pool.submit(_sample, number, item, reencode), size))
+        while pending:
+            yield pending.popleft()[0].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-class _Shard:
-    """A tar file being written under a hidden name."""
+def _held(pending: deque[tuple[Future[Packed | Refused], int]]) -> int:
+    held = 0
+    for future, expected in pending:
+        made = future.result() if future.done() and not future.exception() else None
+        held += max(expected, made.size) if isinstance(made, Packed) else expected
+    return held
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._part = path.with_name(f".{path.name}.part")
-        self._tar = tarfile.TarFile(self._part, "w", format=tarfile.USTAR_FORMAT)
-        self._samples = 0
 
-    def has_room(self, data_bytes: int, shard_bytes: int, shard_samples: int) -> bool:
-        full = self._tar.offset + data_bytes + 6 * tarfile.BLOCKSIZE  # two headers, two fillings, the end marker
-        records = -(-full // tarfile.RECORDSIZE)
-        return self._samples < shard_samples and records * tarfile.RECORDSIZE <= shard_bytes
-
-    def add(self, key: str, members: dict[str, bytes]) -> None:
-        for kind, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{kind}")  # owner and time stay zero: equal input gives equal bytes
-            info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
-        self._samples += 1
-
-    def publish(self) -> Path:
-        self._tar.close()
-        fsync_file(self._part)
-        self._part.replace(self._path)
-        fsync_dir(self._path.parent)
-        assert len(open_index(self._path).rows) == self._samples, "what is packed can be read"
-        return self._path
-
-    def discard(self) -> None:
-        self._part.unlink(missing_ok=True)
-        with suppress(OSError):  # closing writes the end marker, and the disk may be full
-            self._tar.close()
+def _sample(number: int, item: Item, reencode: Reencode | None) -> Packed | Refused:
+    try:
+        return prepare(number, item, reencode)
+    except BadSample as error:
+        return Refused(item.name, error.reason, str(error))

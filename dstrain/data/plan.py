@@ -1,16 +1,20 @@
 """Which samples make up a step, and on which rank and in which micro-step each is computed.
 
-A pure function of (seed, token counts, sizes of batch and world, step): nothing is drawn, consumed or remembered, so a
-run continues at any step and sees the same global batches on any number of ranks.
+A pure function of (seed, sizes of the shards and their samples, sizes of batch and world, step): nothing is drawn,
+consumed or remembered, so a run continues at any step and sees the same global batches on any number of ranks.
 """
 
-import heapq
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dstrain.data.deal import deal
+from dstrain.data.order import Mixture, SourceOrder
 from dstrain.errors import ConfigError
-from dstrain.rng import shuffled
+
+WINDOW = 1 << 16  # rows shuffled among each other
 
 
 class Draw(NamedTuple):
@@ -20,99 +24,139 @@ class Draw(NamedTuple):
     row: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """One source: the rows of each of its shards, int64 [shards], and its share of the draws."""
+
+    counts: np.ndarray
+    share: int
+
+
+class Rows(Protocol):
+    """What a plan must know of a dataset; rows are numbered part after part, shard after shard."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The sources."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that a row can have."""
+
+    def tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Return the tokens of each of `rows`, int64 [n]."""
+
+
 class Plan:
     """The order of samples without end, and its packing.
 
-    Epoch e is `shuffled(seed, e, n)`; the epochs stand end to end, and step s takes places [s G, (s + 1) G) of them, so
-    each row comes once an epoch and a batch may reach into the next epoch. tokens: int64 [n], the cost of each row.
+    Step s takes the draws [s G, (s + 1) G). Each source runs through its own epochs (`SourceOrder`), and `Mixture`
+    says which source a draw comes from, so every row of a source comes once in each of its epochs.
+
+    attention_length: the tokens at which a sample's attention costs as much as its matrices; None leaves attention out.
+    window: rows shuffled among each other; what is read at one time lies in that many rows' shards.
     Raises ConfigError if the rows, the batch, the ranks and the packs do not go together.
     """
 
     def __init__(
-        self, tokens: np.ndarray, *, seed: int, global_batch_size: int, tokens_per_pack: int, world_size: int
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        global_batch_size: int,
+        tokens_per_pack: int,
+        world_size: int,
+        attention_length: int | None = None,
+        window: int = WINDOW,
     ) -> None:
-        over = int(np.count_nonzero(tokens > tokens_per_pack))
+        self.n = sum(int(part.counts.sum()) for part in rows.parts)
         if global_batch_size < world_size:
             raise ConfigError(
                 f"global_batch_size = {global_batch_size} leaves some of {world_size} ranks without a sample; "
                 f"give at least {world_size}, or use fewer ranks"
             )
-        if len(tokens) < global_batch_size:
+        if self.n < global_batch_size:
             raise ConfigError(
-                f"the shards hold {len(tokens)} usable samples, fewer than global_batch_size = {global_batch_size}; "
+                f"the shards hold {self.n} usable samples, fewer than global_batch_size = {global_batch_size}; "
                 "add samples or make the batch smaller"
             )
-        if over:
+        if rows.max_tokens > tokens_per_pack:
             raise ConfigError(
-                f"{over} of {len(tokens)} samples have more tokens than tokens_per_pack = {tokens_per_pack}; give at "
-                f"least {int(tokens.max())}, or lower max_pixels"
+                f"a sample can have {rows.max_tokens} tokens, more than tokens_per_pack = {tokens_per_pack}; give at "
+                "least as many, or lower max_pixels"
             )
-        needed = _tokens_for_full_ranks(tokens, global_batch_size, world_size)
-        if needed > tokens_per_pack:
+        if global_batch_size % world_size and 2 * rows.max_tokens > tokens_per_pack:
             raise ConfigError(
                 f"global_batch_size = {global_batch_size} is not a multiple of {world_size} ranks, and a rank could be "
-                f"left without samples in a micro-step; make it a multiple, or give tokens_per_pack = {needed}"
+                "left without samples in a micro-step; make it a multiple, or give tokens_per_pack = "
+                f"{2 * rows.max_tokens}"
             )
-        self.n = len(tokens)
-        self.tokens = tokens
-        self.seed = seed
         self.global_batch_size = global_batch_size
         self.tokens_per_pack = tokens_per_pack
         self.world_size = world_size
-        self._orders: dict[int, np.ndarray] = {}  # a batch touches at most two epochs, because n >= G
+        self.attention_length = attention_length
+        self.window = window
+        self._rows = rows
+        self._mixture = Mixture(np.array([part.share for part in rows.parts]), seed=seed)
+        self._orders = [
+            SourceOrder(part.counts, seed=seed, window=window, source=k) for k, part in enumerate(rows.parts)
+        ]
+        sizes = [order.n for order in self._orders]
+        self._first = np.cumsum([0, *sizes[:-1]])
 
     def batch(self, step: int) -> list[Draw]:
         """Return the global batch of a step, in the global order; the same for every world size."""
-        draws = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        epochs, places = np.divmod(draws, self.n)
-        wanted = range(int(epochs[0]), int(epochs[-1]) + 1)
-        kept = {epoch: order for epoch, order in self._orders.items() if epoch in wanted}
-        self._orders = kept | {e: shuffled(self.seed, e, self.n) for e in wanted if e not in kept}
-        rows = np.concatenate([self._orders[epoch][places[epochs == epoch]] for epoch in wanted])
-        return [Draw(draw, row) for draw, row in zip(draws.tolist(), rows.tolist())]
+        first = step * self.global_batch_size
+        rows = self._rows_of(first)
+        return [Draw(draw, row) for draw, row in enumerate(rows.tolist(), first)]
 
     def step(self, step: int) -> list[list[list[Draw]]]:
         """Deal the global batch of a step to micro-steps, and each of those to ranks: `[micro][rank] -> [Draw, ...]`.
 
-        The number of micro-steps is the least for which every pack holds at most `tokens_per_pack`, and all ranks have
-        the same. The fullest packs come first and those of one micro-step are alike, for under ZeRO-3 every rank
-        waits for the slowest. No pack is empty.
+        Every pack holds at most `tokens_per_pack`; all ranks have the same number of micro-steps, none of them empty.
         """
         batch = self.batch(step)
-        costs = self.tokens[[row for _, row in batch]]
-        micros = max(1, -(-int(costs.sum()) // (self.world_size * self.tokens_per_pack)))
-        while True:  # ends at G // world_size micro-steps at the latest: __init__ has seen to that
-            packs, fullest = _deal(costs, micros * self.world_size)
-            if fullest <= self.tokens_per_pack:
-                break
-            micros += 1
-        dealt = [[batch[place] for place in pack] for pack in packs]
-        return [dealt[first : first + self.world_size] for first in range(0, len(dealt), self.world_size)]
+        tokens = self._rows.tokens(np.array([row for _, row in batch]))
+        dealt = deal(tokens, self.costs(tokens), ranks=self.world_size, capacity=self.tokens_per_pack)
+        return [[[batch[place] for place in pack] for pack in micro] for micro in dealt]
 
+    def costs(self, tokens: np.ndarray) -> np.ndarray:
+        """Return what samples of so many tokens cost a DiT, int64 [n], in units of no meaning: matrices + attention."""
+        if self.attention_length is None:
+            return tokens
+        return tokens * (self.attention_length + tokens)
 
-def _tokens_for_full_ranks(tokens: np.ndarray, batch: int, world_size: int) -> int:
-    """Return the budget from which on no pack is ever empty.
+    def figures(self, step: int) -> tuple[int, float, float]:
+        """Return, of a step: its micro-steps, the share of the token budget used, and by how much the costliest rank
+        exceeds the mean, micro-step by micro-step; what the other ranks wait for.
+        """
+        packs = self.step(step)
+        tokens = [[self._rows.tokens(np.array([row for _, row in pack])) for pack in micro] for micro in packs]
+        costs = np.array([[self.costs(pack).sum() for pack in micro] for micro in tokens])  # [micros, ranks]
+        used = sum(int(pack.sum()) for micro in tokens for pack in micro)
+        return (
+            len(packs),
+            used / (costs.size * self.tokens_per_pack),
+            float(costs.max(1).sum() / costs.mean(1).sum()) - 1,
+        )
 
-    Of G samples for B = G // W * W packs, the first B (longest first) open a pack each, and the j-th of the rest lies
-    on a pack no fuller than sample B - j + 1 alone. The worst batch has the longest rows, and each of them twice if it
-    can reach into the next epoch.
-    """
-    packs = batch // world_size * world_size
-    rest = np.arange(1, batch - packs + 1)
-    longest = np.repeat(np.sort(tokens)[::-1][:batch], 2 if len(tokens) % batch else 1)
-    return int(np.max(longest[packs - rest] + longest[packs + rest - 1], initial=0))
+    def shards_ahead(self, step: int) -> list[int]:
+        """Return the shards, numbered over all sources, that will be read about a window after `step`."""
+        source, number = self._mixture.numbers(step * self.global_batch_size, self.global_batch_size)
+        ahead, first = [], 0
+        for k, (part, order) in enumerate(zip(self._rows.parts, self._orders)):
+            mine = np.flatnonzero(source == k)
+            if len(mine):
+                ahead += (first + order.shards(int(number[mine[0]]) + self.window)).tolist()
+            first += len(part.counts)
+        return ahead
 
-
-def _deal(costs: np.ndarray, bins: int) -> tuple[list[list[int]], int]:
-    """Deal items to bins, the longest first into the least loaded (LPT, Graham 1969).
-
-    Returns the places in each bin, fullest bin first, and the load of the fullest. Ties go to the lower number.
-    """
-    loads = [(0, number) for number in range(bins)]
-    packs: list[list[int]] = [[] for _ in range(bins)]
-    for place in np.argsort(-costs, kind="stable").tolist():
-        load, number = loads[0]
-        packs[number].append(place)
-        heapq.heapreplace(loads, (load + int(costs[place]), number))
-    order = sorted(loads, key=lambda entry: (-entry[0], entry[1]))
-    return [sorted(packs[number]) for _, number in order], order[0][0]
+    def _rows_of(self, first: int) -> np.ndarray:
+        """Return the rows of the draws [first, first + G), int64 [G]."""
+        source, number = self._mixture.numbers(first, self.global_batch_size)
+        rows = np.empty(self.global_batch_size, np.int64)
+        for k, order in enumerate(self._orders):
+            mine = np.flatnonzero(source == k)
+            if len(mine):  # the numbers of one source run on without a gap, within a block and over its edge
+                rows[mine] = order.rows(int(number[mine[0]]), len(mine)) + self._first[k]
+        return rows

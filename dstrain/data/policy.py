@@ -1,8 +1,12 @@
-"""What happens to samples that cannot be decoded: counted, written down once, and a limit."""
+"""What happens to samples that cannot be decoded: counted, written down once, and limits.
+
+Every rank is told of the bad samples of all ranks, in the global order, so that all of them come to the same end.
+"""
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dstrain.data.reasons import Reason, ranked
@@ -13,52 +17,79 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that failed when it was read."""
+    """A sample that failed when it was read, for the draw that wanted it (or a replacement)."""
 
+    draw: int
     shard: str
     key: str
     reason: Reason
     detail: str
-    row: int
 
 
 class BadSamples:
-    """The bad samples that this rank has met, by row, each written once as a JSON line to `quarantine` (if given)."""
+    """The bad samples that a run has met, each counted and written once as a JSON line to `quarantine` (if given).
 
-    def __init__(self, limit: int, quarantine: Path | None) -> None:
-        self.limit = limit
-        self.quarantine = quarantine
-        self.rows: dict[int, Reason] = {}
-        self._known = _known(quarantine) if quarantine is not None else set()
+    limit: different bad samples at which the run stops. consecutive: draws in a row whose sample is bad.
+    What the quarantine file holds already counts: a run that continues does not start from nothing.
+    """
 
-    def record(self, bad: Bad, draw: int) -> None:
-        """Count a bad sample met at `draw`; raises DataError when there are more different ones than the limit."""
-        if bad.row in self.rows:
-            return
-        self.rows[bad.row] = bad.reason
-        log.warning("%s: sample %r is bad (%s: %s)", bad.shard, bad.key, bad.reason, bad.detail)
-        if self.quarantine is not None and (bad.shard, bad.key) not in self._known:
-            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with self.quarantine.open("a") as f:
-                f.write(json.dumps({**vars(bad), "draw": draw}) + "\n")
-        if len(self.rows) > self.limit:
+    def __init__(self, limit: int, consecutive: int, quarantine: Path | None = None) -> None:
+        self.limit, self.consecutive, self.quarantine = limit, consecutive, quarantine
+        self._reasons = _known(quarantine) if quarantine is not None else {}
+        self._last, self._run = -1, 0  # the last bad draw, and how many in a row end with it
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def record(self, found: Sequence[Bad], *, write: bool) -> None:
+        """Count the bad samples of a step, of all ranks; `write` (on one rank) writes the new ones down.
+
+        Raises DataError, the same on every rank, when a limit is passed.
+        """
+        new = []
+        for bad in sorted(found, key=lambda b: b.draw):
+            if bad.draw != self._last:
+                self._run = self._run + 1 if bad.draw == self._last + 1 else 1
+                self._last = bad.draw
+            if (bad.shard, bad.key) not in self._reasons:
+                self._reasons[bad.shard, bad.key] = bad.reason
+                new.append(bad)
+            if self._run > self.consecutive or len(self._reasons) > self.limit:
+                break
+        if write and new:
+            self._write(new)
+        if self._run > self.consecutive:
             raise DataError(
-                f"{len(self.rows)} bad samples are more than max_bad_samples = {self.limit} "
-                f"({ranked(self.rows.values())}){self.where()}; repair the shards or raise the limit"
+                f"{self._run} draws in a row met bad samples, more than data.max_consecutive_bad = {self.consecutive} "
+                f"({ranked(bad.reason for bad in found)}), the last being {found[-1].key!r} of {found[-1].shard}"
+                f"{self.where()}; check the shards with `dstrain verify`"
+            )
+        if len(self._reasons) > self.limit:
+            raise DataError(
+                f"{len(self._reasons)} bad samples are more than data.max_bad_samples = {self.limit} "
+                f"({ranked(self._reasons.values())}){self.where()}; repair the shards or raise the limit"
             )
 
     def where(self) -> str:
         """Say where the bad samples are listed, for the end of a message."""
         return f"; they are listed in {self.quarantine}" if self.quarantine is not None else ""
 
+    def _write(self, new: Sequence[Bad]) -> None:
+        for bad in new:
+            log.warning("%s: sample %r is bad (%s: %s)", bad.shard, bad.key, bad.reason, bad.detail)
+        if self.quarantine is not None:
+            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+            with self.quarantine.open("a") as f:
+                f.write("".join(json.dumps(asdict(bad)) + "\n" for bad in new))
 
-def _known(quarantine: Path) -> set[tuple[str, str]]:
-    """Read what an earlier run wrote, so that a run that continues does not write it again."""
-    known = set()
+
+def _known(quarantine: Path) -> dict[tuple[str, str], Reason]:
+    """Read what an earlier run wrote."""
+    known = {}
     for line in quarantine.read_text().splitlines() if quarantine.exists() else []:
         try:
             entry = json.loads(line)
-            known.add((entry["shard"], entry["key"]))
+            known[str(entry["shard"]), str(entry["key"])] = Reason(entry["reason"])
         except (ValueError, KeyError, TypeError):
             log.warning("%s has a line that is not an entry: %.80r", quarantine, line)
     return known

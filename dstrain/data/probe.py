@@ -13,20 +13,26 @@ from dstrain.data.reasons import BadSample, Reason
 MAX_IMAGE_BYTES = 1 << 26  # 64 MiB
 MAX_IMAGE_PIXELS = 1 << 26  # 8192 x 8192: about 200 MB as RGB
 MAX_IMAGE_SIDE = 1 << 15
+MAX_JPEG_SCANS = 100  # each goes over the whole picture; progressive encoders write about ten
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG frame headers; the three are tables
+_DECODED_SOF = frozenset({0xC0, 0xC1, 0xC2})  # sequential and progressive with Huffman codes
 _BARE = frozenset({0x01, *range(0xD0, 0xD8)})  # JPEG markers without a length
 _TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A picture's format ("PNG", "JPEG" or "WEBP"), stored size in pixels and EXIF orientation (1 to 8)."""
+    """A picture's format ("PNG", "JPEG" or "WEBP"), stored size in pixels and EXIF orientation (1 to 8).
+
+    components: of a JPEG, 4 if it is stored as the inks of CMYK; 3 for other formats.
+    """
 
     format: str
     width: int
     height: int
     orientation: int = 1
+    components: int = 3
 
     @property
     def turned(self) -> bool:
@@ -107,7 +113,7 @@ def _png(data: bytes) -> Header:
 def _jpeg(data: bytes) -> Header:
     """Walk the segments up to the first scan (ITU-T T.81, annex B)."""
     size: tuple[int, int] | None = None
-    orientation, position = 0, 2
+    orientation, components, position = 0, 0, 2
     while True:
         if data[position] != 0xFF:
             raise _damaged("a JPEG segment does not start with a marker")
@@ -119,7 +125,9 @@ def _jpeg(data: bytes) -> Header:
             continue
         (length,) = struct.unpack_from(">H", data, position)
         if marker in _SOF:
-            height, width = struct.unpack_from(">HH", data, position + 3)
+            bits, height, width, components = struct.unpack_from(">BHHB", data, position + 2)
+            if marker not in _DECODED_SOF or bits != 8:
+                raise BadSample(Reason.IMAGE_FORMAT, f"a JPEG of a rare kind (marker {marker:02X}, {bits} bits)")
             size = (width, height)
         elif marker == 0xE1 and not orientation and data[position + 2 : position + 8] == b"Exif\0\0":
             orientation = _orientation(data[position + 8 : position + length])
@@ -132,7 +140,9 @@ def _jpeg(data: bytes) -> Header:
         raise _damaged("a JPEG without its frame header")
     if data.find(b"\xff\xd9", position) < 0:
         raise _damaged("the JPEG is cut off")
-    return Header("JPEG", *size, orientation or 1)
+    if data.count(b"\xff\xda", position) > MAX_JPEG_SCANS:
+        raise BadSample(Reason.IMAGE_TOO_LARGE, f"a JPEG of more than {MAX_JPEG_SCANS} scans")
+    return Header("JPEG", *size, orientation or 1, components)
 
 
 def _webp(data: bytes) -> Header:

@@ -1,128 +1,192 @@
-"""What there is to pack: a folder of pictures with captions beside them, or a table of pictures and captions."""
+"""What there is to pack: a table of pictures and captions, a folder of pictures, or tars that are to be cut anew."""
 
-import csv
+import glob
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from dstrain.data.captions import MAX_CAPTION_BYTES, caption_of, clean
-from dstrain.data.probe import MAX_IMAGE_BYTES
-from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.shards import IMAGE_KINDS
+from tqdm import tqdm
+
+from dstrain.data.arrays import MAX_COLUMNS
+from dstrain.data.index import ShardIndex
+from dstrain.data.items import FileItem, Item, TarItem
+from dstrain.data.names import IMAGE_KINDS, UNREAD_IMAGE_KINDS, UNREAD_VIDEO_KINDS, VIDEO_KINDS
+from dstrain.data.reader import ShardReader
+from dstrain.data.reasons import Reason
+from dstrain.data.shards import find_shards, open_indexes
+from dstrain.data.tables import NAMES, read_table
 from dstrain.errors import DataError
 
-TABLES = ("metadata.csv", "metadata.json", "metadata.jsonl")
-_IMAGE_COLUMNS = ("image", "file_name")
-_CAPTION_COLUMNS = ("prompt", "caption", "text")
+_PACKED_KINDS = frozenset((*IMAGE_KINDS, "jfif", *VIDEO_KINDS))  # .jfif is how some browsers save a JPEG
+_BATCH = 256  # items that are looked at in one go
+
+
+class Items(Protocol):
+    """Items by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: int, /) -> Item: ...
 
 
 @dataclass(frozen=True)
-class Item:
-    """One picture to pack: its name for reports, its file, and its caption (None: in the .txt file beside it)."""
+class Listing:
+    """What is packed: the items in order, and a digest of their names, sizes, captions and columns."""
 
-    name: str
-    base: Path
-    image: str  # relative to base
-    caption: Any = None
-
-    def read(self) -> tuple[bytes, str]:
-        """Return the bytes of the picture and the caption; raises BadSample."""
-        image = self._bytes(self.image, MAX_IMAGE_BYTES)
-        if self.caption is None:
-            beside = str(Path(self.image).with_suffix(".txt"))
-            if not (self.base / beside).exists():
-                raise BadSample(Reason.NO_CAPTION, f"there is no {beside} beside it")
-            return image, caption_of(self._bytes(beside, MAX_CAPTION_BYTES), "txt")
-        if not isinstance(self.caption, str):
-            raise BadSample(Reason.NO_CAPTION, f"the caption is {self.caption!r:.40}, not text")
-        return image, clean(self.caption)
-
-    def _bytes(self, name: str, limit: int) -> bytes:
-        """Read a file of the source, of which more than `limit` bytes will be refused.
-
-        It must lie inside the base folder, also after links are followed.
-        """
-        if not name or "\0" in name:
-            raise BadSample(Reason.MISSING_FILE, "no file is named")
-        path = (self.base / name).resolve()
-        if not path.is_relative_to(self.base.resolve()):
-            raise BadSample(Reason.UNSAFE_NAME, f"{name} lies outside {self.base}")
-        try:
-            if path.is_file():
-                with path.open("rb") as f:
-                    return f.read(limit + 1)
-        except OSError as error:
-            raise BadSample(Reason.MISSING_FILE, f"{name} cannot be read: {error.strerror}") from error
-        raise BadSample(Reason.MISSING_FILE, f"there is no file {name}")
+    items: Items
+    digest: str
 
 
-def find_items(source: Path) -> list[Item]:
-    """List what is to be packed, in a fixed order.
+def find_items(
+    source: str | Path,
+    *,
+    columns: Sequence[str] | None = None,
+    base: Path | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> Listing:
+    """List what is to be packed, in a fixed order. No picture is opened yet.
 
-    A folder: its `metadata.csv`, `.json` or `.jsonl` if there is one, else all its pictures (png, jpg, webp) at any
-    depth, by name. A table file: its rows, with a column `image` relative to the table's folder, and `prompt`,
-    `caption` or `text`. Raises DataError if there is nothing, or the table cannot be read.
+    A table (.csv, .json, .jsonl), or a folder with a `metadata` table: its rows; see `read_table` for `columns`, and
+    `base`, which is the table's own folder unless given.
+    A folder: all its pictures (png, jpg, jpeg, jfif, webp) and videos at any depth, by name, with NAME.txt beside
+    NAME.png. Hidden files and folders are passed over; files of other picture and video formats, and links to folders,
+    are items with a fault, so that they are reported.
+    A tar, a folder of tars that has no pictures of its own, or a glob of tars: the samples of their indexes.
+    Raises DataError if there is nothing, or it cannot be read.
     """
-    if source.is_file():
-        return _table(source)
-    if not source.is_dir():
-        raise DataError(f"no such source: {source}; give a folder of pictures with .txt captions, or a metadata table")
-    tables = [source / name for name in TABLES if (source / name).is_file()]
-    if len(tables) > 1:
-        raise DataError(f"{source} has several tables ({', '.join(t.name for t in tables)}); name the one to pack")
-    if tables:
-        return _table(tables[0])
-    names = sorted(
-        path.relative_to(source).as_posix()
-        for path in source.rglob("*")
-        if path.suffix[1:].lower() in IMAGE_KINDS and not path.name.startswith(".")
+    path = Path(source).expanduser()
+    table = _table_of(path)
+    if table is None and (columns is not None or base is not None):
+        raise DataError(f"{source} is not a table; file columns and a base folder belong to .csv, .json and .jsonl")
+    if "://" in str(source):
+        raise DataError(f"{source} is not on this machine; copy it to a local or mounted folder, and pack that")
+    if table is not None:
+        root = table.parent if base is None else base.expanduser()
+        if not root.is_dir():
+            raise DataError(f"no such folder: {root}; give the one that the paths of {table} are relative to")
+        return _files(read_table(table, root.resolve(), columns), workers, progress)
+    if path.is_file():
+        return _tars([str(path)], workers, progress)
+    if path.is_dir():
+        items = _folder(path.resolve())
+        readable = any(item.fault is None or item.fault[0] is Reason.NO_CAPTION for item in items)
+        if not readable and any(path.glob("*.tar")):
+            return _tars([str(path)], workers, progress)
+        if not items:
+            kinds = ", ".join((*IMAGE_KINDS, *VIDEO_KINDS))
+            raise DataError(f"{source} has no pictures or videos ({kinds}), no table and no tars; give their folder")
+        return _files(items, workers, progress)
+    if glob.has_magic(str(path)) or "{" in str(path):
+        return _tars([str(path)], workers, progress)
+    raise DataError(
+        f"no such source: {source}; give a folder of pictures with .txt captions, a metadata table, or tar shards"
     )
-    if not names:
-        raise DataError(f"{source} has no pictures (png, jpg, jpeg, webp); give the folder that holds them")
-    return [Item(name, source, name) for name in names]
 
 
-def _table(path: Path) -> list[Item]:
-    readers = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path} is not a table that can be read; give .csv, .json or .jsonl, or a folder of pictures")
-    try:
-        rows = list(readers[path.suffix.lower()](path))
-    except (ValueError, csv.Error, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return [_item(path, number, row) for number, row in enumerate(rows)]
+def _table_of(path: Path) -> Path | None:
+    if path.is_file():
+        return None if path.suffix.lower() == ".tar" else path
+    tables = [path / name for name in NAMES if (path / name).is_file()]
+    if len(tables) > 1:
+        raise DataError(f"{path} has several tables ({', '.join(t.name for t in tables)}); name the one to pack")
+    return tables[0] if tables else None
 
 
-def _item(path: Path, number: int, row: Any) -> Item:
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, row {number}: {row!r:.40} is not a record with named columns")
-    image = next((row[column] for column in _IMAGE_COLUMNS if column in row), None)
-    caption = next((row[column] for column in _CAPTION_COLUMNS if column in row), None)
-    if image is None or not any(column in row for column in _CAPTION_COLUMNS):
-        wanted = f"{' or '.join(_IMAGE_COLUMNS)}, and {' or '.join(_CAPTION_COLUMNS)}"
-        raise DataError(f"{path}, row {number}: the columns are {', '.join(map(str, row))}; needed are {wanted}")
-    name = image if isinstance(image, str) else ""
-    return Item(f"row {number}: {name}", path.parent, name, "" if caption is None else caption)
+def _files(items: list[FileItem], workers: int, progress: bool) -> Listing:
+    batches = [items[first : first + _BATCH] for first in range(0, len(items), _BATCH)]
+    surveyed: list[FileItem] = []
+    bar = tqdm(total=len(items), desc="listing", unit="sample", leave=False, disable=None if progress else True)
+    with bar, ThreadPoolExecutor(workers) as pool:  # what takes long is a network file system
+        for batch in pool.map(lambda batch: [item.surveyed() for item in batch], batches):
+            surveyed += batch
+            bar.update(len(batch))
+    digest = hashlib.sha256()
+    for item in surveyed:
+        caption = item.caption.decode(errors="backslashreplace") if isinstance(item.caption, bytes) else item.caption
+        try:
+            digest.update(json.dumps([item.name, item.files, item.size, caption, item.fields, item.fault]).encode())
+        except RecursionError as error:
+            raise DataError(f"{item.name}: its values are nested too deeply") from error
+    return Listing(surveyed, digest.hexdigest())
 
 
-def _csv(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as f:
-        yield from csv.DictReader(f, strict=True)
+def _folder(root: Path) -> list[FileItem]:
+    """List the pictures and videos below `root` by name, and what is like them and not read."""
+    media: dict[str, tuple[Reason, str] | None] = {}  # by path relative to root
+    captions: dict[str, str] = {}  # path without its extension -> path
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    name = folder + entry.name
+                    stem, _, kind = name.rpartition(".")
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(name + "/")
+                    elif entry.is_symlink() and (root / name).is_dir():
+                        media[name] = (Reason.UNSAFE_NAME, "links to folders are not followed; copy or mount it")
+                    elif kind.lower() == "txt":
+                        captions[stem] = max(name, captions.get(stem, ""))  # rather .txt than .TXT
+                    elif fault := _fault(kind.lower()):
+                        media[name] = fault
+                    elif kind.lower() in _PACKED_KINDS:
+                        media[name] = None
+        except OSError as error:
+            raise DataError(f"folder {root / folder} cannot be read: {error.strerror}; nothing was packed") from error
+    items = []
+    for name, fault in sorted(media.items()):
+        stem = name.rpartition(".")[0]
+        if fault is None and stem not in captions:
+            fault = (Reason.NO_CAPTION, f"there is no {stem}.txt beside it")
+        column = "video" if name.rpartition(".")[2].lower() in VIDEO_KINDS else "image"
+        items.append(FileItem(name, root, ((column, name),), caption_file=captions.get(stem, ""), fault=fault))
+    return items
 
 
-def _json(path: Path) -> Iterator[Any]:
-    value = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(value, list):
-        raise ValueError("the file must be a list of records")
-    yield from value
+def _fault(kind: str) -> tuple[Reason, str] | None:
+    if kind in UNREAD_IMAGE_KINDS:
+        return Reason.IMAGE_FORMAT, f"{kind} is not read; convert it to png, jpg or webp"
+    if kind in UNREAD_VIDEO_KINDS:
+        return Reason.VIDEO_FORMAT, f"{kind} is not read; convert it to mp4, mov, webm or mkv"
+    return None
 
 
-def _jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as f:
-        for line in f:
-            if line.strip():
-                yield json.loads(line)
+def _tars(entries: Sequence[str], workers: int, progress: bool) -> Listing:
+    indexes = open_indexes([Path(shard) for shard in find_shards(entries)], workers=workers, progress=progress)
+    items = _Rows(indexes)
+    if not len(items):
+        raise DataError(f"{', '.join(entries)}: the tars hold no samples")
+    columns = {column for index in indexes for column in index.columns}
+    if len(columns) > MAX_COLUMNS:
+        raise DataError(
+            f"{', '.join(entries)}: {len(columns)} kinds of members, more than the {MAX_COLUMNS} of a shard; dots in "
+            "names begin an extension, so pack the files themselves"
+        )
+    return Listing(items, hashlib.sha256("".join(index.digest for index in indexes).encode()).hexdigest())
+
+
+class _Rows:
+    """The rows of all indexes in order, those of each followed by the samples that it leaves out."""
+
+    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+        self._indexes = indexes
+        self._ends = list(accumulate(index.samples + sum(index.excluded_counts.values()) for index in indexes))
+        self._reader = ShardReader()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, place: int) -> TarItem:
+        shard = bisect_right(self._ends, place)
+        first = self._ends[shard - 1] if shard else 0
+        return TarItem(self._indexes[shard], place - first, self._reader)

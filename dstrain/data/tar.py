@@ -6,7 +6,9 @@ Nothing is extracted: names are labels, never paths.
 """
 
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,9 +17,23 @@ from dstrain.errors import DataError
 
 BLOCK = 512
 _MAX_RECORD = 1 << 20  # bytes of one pax or long-name record; real ones are under 1 KiB
+_CHUNK = 1 << 20
 _MAX_TAIL = 1 << 26  # zero bytes after the end marker; tar pads to 10 KiB
 _NO_DATA = frozenset(b"123456")  # links, devices, folders, pipes: their size field counts no bytes
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+
+
+class TarDamage(DataError):
+    """The tar file is damaged.
+
+    position: the byte where. what: how, without the name of the file. resume: from where on another member may follow.
+    """
+
+    def __init__(self, message: str, position: int = 0, what: str = "", resume: int = 0) -> None:
+        super().__init__(message)
+        self.position = position
+        self.what = what
+        self.resume = resume
 
 
 class Kind(Enum):
@@ -38,6 +54,33 @@ class Member:
     size: int
 
 
+def regular(path: Path) -> os.stat_result:
+    """Return the status of the shard at `path`; raises DataError if it is not there, or not a file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"shard {path} is not a file but a folder, a pipe or a device; give a tar file")
+    return status
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open the shard at `path` for reading; raises DataError for it and for failures to read inside the block."""
+    regular(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be opened: {error.strerror}") from error
+    try:
+        yield fd
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
 def read_at(fd: int, size: int, offset: int) -> bytes:
     """Read `size` bytes at `offset`; fewer only at the end of the file."""
     data = os.pread(fd, size, offset)
@@ -49,13 +92,12 @@ def read_at(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-def members(fd: int, path: Path) -> Iterator[Member]:
-    """Yield the members of the tar file open as `fd` in order; `path` is only for messages.
+def members(fd: int, path: Path, position: int = 0) -> Iterator[Member]:
+    """Yield the members of the tar file open as `fd` in order, from byte `position` on; `path` is only for messages.
 
-    Raises DataError if the file is not a plain tar, is truncated or damaged, naming the byte.
+    Raises TarDamage if the file is not a plain tar, is truncated or damaged, naming the byte.
     """
     end = os.fstat(fd).st_size
-    position = 0
     long_name: bytes | None = None
     pax: dict[bytes, bytes] = {}
     while True:
@@ -111,32 +153,56 @@ def _kind(kind: int, name: bytes, pax: dict[bytes, bytes]) -> Kind:
     return Kind.FILE if kind in b"\x0007" and not sparse else Kind.OTHER
 
 
-def _damaged(path: Path, position: int, what: str, block: bytes) -> DataError:
-    if position:
-        return DataError(f"{path} is damaged at byte {position}: {what}; copy or pack it again, or leave it out")
-    if not block:
-        return DataError(f"{path} is empty (0 bytes), not a tar file; copy or pack it again, or leave it out")
+def next_header(fd: int, position: int) -> int | None:
+    """Find the first block at or after byte `position`, a multiple of 512, that is a header by its checksum."""
+    while chunk := read_at(fd, _CHUNK, position):
+        for block in range(0, len(chunk) - BLOCK + 1, BLOCK):
+            digits = chunk[block + 148 : block + 154]
+            if digits.strip(b" 01234567\0") == b"" and digits.strip(b" \0"):  # far cheaper than the sum
+                header = chunk[block : block + BLOCK]
+                if _checksum_holds(header):
+                    return position + block
+        position += len(chunk)
+    return None
+
+
+def _damaged(path: Path, position: int, what: str, block: bytes) -> TarDamage:
     packed = _COMPRESSED.get(block[:2])
-    if packed:
-        return DataError(f"{path} is {packed}-compressed; decompress it, samples are read at random places")
-    return DataError(f"{path} is not a tar file ({what}); pack pictures and captions into shards with `dstrain pack`")
+    if position:
+        message = f"{path} is damaged at byte {position}: {what}; copy or pack it again, or leave it out"
+    elif not block:
+        what = "it is empty"
+        message = f"{path} is empty (0 bytes), not a tar file; copy or pack it again, or leave it out"
+    elif packed:
+        what = f"it is {packed}-compressed"
+        message = f"{path} is {packed}-compressed; decompress it, samples are read at random places"
+    else:
+        message = f"{path} is not a tar file ({what}); pack pictures and captions into shards with `dstrain pack`"
+    return TarDamage(message, position, what, position + BLOCK)
 
 
 def _check_tail(fd: int, position: int, end: int, path: Path) -> None:
+    what = "data follows the end-of-archive marker"
     if end - position > _MAX_TAIL:
-        raise _damaged(path, position, f"{end - position} bytes follow the end-of-archive marker", b"")
-    while chunk := read_at(fd, 1 << 20, position):
-        if any(chunk):
-            raise _damaged(path, position, "data follows the end-of-archive marker", b"")
-        position += len(chunk)
+        what = f"{end - position} bytes follow the end-of-archive marker"
+    else:
+        while (chunk := read_at(fd, _CHUNK, position)) and not any(chunk):
+            position += len(chunk)
+        if not chunk:
+            return
+        position += (len(chunk) - len(chunk.lstrip(b"\0"))) // BLOCK * BLOCK
+    error = _damaged(path, position, what, b"")
+    error.resume = position
+    raise error
 
 
 def _checksum_holds(block: bytes) -> bool:
     stated = _number(block[148:156])
-    rest = block[:148] + b" " * 8 + block[156:]
-    unsigned = sum(rest)
-    signed = unsigned - 256 * sum(byte > 127 for byte in rest)  # some old writers summed signed bytes
-    return stated is not None and stated in (unsigned, signed)
+    unsigned = sum(block) - sum(block[148:156]) + 8 * 32  # the field itself counts as spaces
+    if stated == unsigned:
+        return True
+    high = sum(byte > 127 for byte in block[:148] + block[156:])
+    return high > 0 and stated == unsigned - 256 * high  # some old writers summed signed bytes
 
 
 def _number(field: bytes) -> int | None:

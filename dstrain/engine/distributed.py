@@ -4,16 +4,17 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dstrain.errors import ConfigError
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -71,7 +72,28 @@ def start() -> World:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
     deepspeed.init_distributed(verbose=False)
+    if dist.get_backend() != "gloo":
+        _Control.group = dist.new_group(backend="gloo")
     return World(rank, local_rank, size, device)
+
+
+class _Control:
+    """The group in which ranks talk about the run: on the host, so that no GPU is waited for."""
+
+    group: dist.ProcessGroup | None = None  # None is the group of all, where that is gloo's
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """Return what all ranks give, rank by rank, to each of them; one small sum over the ranks if nobody gives any."""
+    size = dist.get_world_size()
+    count = torch.tensor([len(items)])
+    if size > 1:
+        dist.all_reduce(count, group=_Control.group)
+    if not count.item():
+        return []
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, list(items), group=_Control.group)
+    return [item for part in gathered for item in part]
 
 
 def stop(code: int, *, together: bool) -> NoReturn:

@@ -17,6 +17,11 @@ class DiT(nn.Module):
     depth: int  # blocks
     activation_checkpointing = False  # recompute each block in the backward
 
+    @property
+    @abstractmethod
+    def attention_length(self) -> int:
+        """Tokens of a sample at which attention costs it as much as the matrices do; packs are balanced by it."""
+
     @abstractmethod
     def forward_flops(self, layout: PackLayout) -> int:
         """Return multiply-adds x 2 of one forward over a pack; training takes three times as much."""

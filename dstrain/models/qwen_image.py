@@ -116,6 +116,11 @@ class QwenImageDiT(DiT):
                 txt, img = block(txt, img, cond, rotary, layout)
         return self.proj_out(self.norm_out(img, cond, layout.image_sample))
 
+    @property
+    def attention_length(self) -> int:
+        """A block's matrices take 24 D^2 FLOPs a token, its attention 4 D a token and token attended to."""
+        return 6 * self.width
+
     def forward_flops(self, layout: PackLayout) -> int:
         """Count exactly: both streams, joint bidirectional attention, modulation once a sample."""
         p, D, L, N = self.params, self.width, self.depth, len(layout)

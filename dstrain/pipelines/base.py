@@ -53,7 +53,7 @@ class Pipeline(ABC):
 
     class_name: ClassVar[str]  # `_class_name` of the model_index.json that this family reads
     loaders: ClassVar[Mapping[str, Loader]]  # the frozen components
-    given: ClassVar[tuple[str, ...]]  # what a training batch must hold
+    given: ClassVar[tuple[str, ...]]  # what a training batch holds: columns of the shards, "prompt" and "draw"
     token_channels: ClassVar[int]  # C, values in one image token
 
     transformer: nn.Module
@@ -119,6 +119,11 @@ class Pipeline(ABC):
                 part = cls.loaders[name](pipeline.folder(name), dtype, pipeline.device)
             setattr(pipeline, name, part)
         return pipeline
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Return the columns of pictures and videos that a sample of the shards must have."""
+        return tuple(name for name in cls.given if name not in ("prompt", "draw"))
 
     def folder(self, name: str) -> Path:
         """Return the local folder of a component, fetched if it is on the hub; CheckpointError if it has no config."""

@@ -1,13 +1,13 @@
 """Encoded samples kept in host memory: a small dataset goes through the encoders once, not once an epoch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dstrain.pipelines.base import Pipeline
-from dstrain.pipelines.graph import UnitGraph
+from dstrain.pipelines.graph import PER_DRAW, UnitGraph
 
 
 class EncodedCache:
@@ -16,10 +16,11 @@ class EncodedCache:
     Args:
         pipeline: whose units run.
         limit_bytes: samples are kept until this many bytes are full; the rest is encoded each time. 0 keeps nothing.
+        varying: what the batch holds anew for every draw of a row, such as "image" where pictures are cropped at random.
     """
 
-    def __init__(self, pipeline: Pipeline, limit_bytes: int) -> None:
-        stored, live = pipeline.graph.depends_on(set())
+    def __init__(self, pipeline: Pipeline, limit_bytes: int, varying: Iterable[str] = ()) -> None:
+        stored, live = pipeline.graph.depends_on(set(), PER_DRAW.union(varying))
         self._pipeline = pipeline
         self._left = limit_bytes
         self._kept: dict[int, dict[str, Any]] = {}

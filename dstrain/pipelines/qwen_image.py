@@ -100,7 +100,7 @@ class EncodeImage(Unit):
         mean, std = pipeline.latent_stats
         latents = []
         for picture in image:
-            x = picture.to(pipeline.device, torch.float32) / 127.5 - 1
+            x = picture.to(pipeline.device, non_blocking=True).float() / 127.5 - 1
             z = pipeline.vae.encode(x.to(pipeline.vae.dtype)[None, :, None]).latent_dist.mode()  # [1, C, 1, h, w]
             latents.append(patchify((z[0, :, 0].float() - mean) / std))
         return {"latents": latents, "image_shape": [pipeline.shape_of(h, w) for h, w in zip(height, width)]}

@@ -23,9 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from dstrain.config import Recipe, load_recipe
-from dstrain.data import Dataset, open_dataset
+from dstrain.data import Dataset
 from dstrain.data.decode import decode
 from dstrain.errors import DstrainError
+from dstrain.job import open_data, wanted_samples
 from dstrain.pipelines import PIPELINES
 from dstrain.pipelines.sampler import sample, to_pil
 from dstrain.storage import write_json
@@ -49,9 +50,10 @@ def read_all(dataset: Dataset) -> tuple[list[Tensor], list[str]]:
     """Return all pictures, uint8 [3, H, W] each, and their captions."""
     pictures, captions = [], []
     for row in range(len(dataset)):
-        data, caption = dataset.read(row)
-        pictures.append(decode(data, dataset.max_pixels))
-        captions.append(caption)
+        raw = dataset.read(row)
+        image = raw.files["image"]
+        pictures.append(decode(image.data, (image.width, image.height)))
+        captions.append(raw.captions[0])
     return pictures, captions
 
 
@@ -90,12 +92,12 @@ def evaluate(recipe: Recipe) -> None:
     """Paint, rank, draw and print."""
     started = time.perf_counter()
     run_dir = Path(recipe.run_dir)
-    dataset = open_dataset(recipe.data.shards, max_pixels=recipe.data.max_pixels)
+    dataset = open_data(recipe.data, wanted_samples(recipe.data, ("image",)))
     pictures, captions = read_all(dataset)
     rows = spread(CAPTIONS, len(dataset))
     prompts = [captions[row] for row in rows]
     log.info("painting %d of the %d training captions ...", len(rows), len(dataset))
-    samples = paint(recipe, prompts, [dataset.image_size(row) for row in rows])
+    samples = paint(recipe, prompts, [(pictures[row].shape[2], pictures[row].shape[1]) for row in rows])
     places, nearest = ranks(thumbnails([to_tensor(s) for s in samples]), thumbnails(pictures), rows)
 
     out = run_dir / "demo"

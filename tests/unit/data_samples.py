@@ -1,6 +1,7 @@
 """Pictures, tars and datasets for the tests of dstrain.data."""
 
 import io
+import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dstrain.data import Dataset, open_dataset
+from dstrain.data.resolution import Resolution
+from dstrain.data.selection import Wanted
 
 
 def image_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -54,16 +57,18 @@ def mixed_dataset(folder: Path, shards: int = 2, samples: int = 10, max_pixels: 
             members.append((f"{number:04d}.png", picture(*SIZES[number % len(SIZES)], seed=number)))
             members.append((f"{number:04d}.txt", f"caption {number} {'word ' * (number % 7)}".encode()))
         write_tar(folder / f"shard-{shard:06d}.tar", members)
-    return open_dataset([str(folder)], max_pixels=max_pixels)
+    return open_dataset([str(folder)], Wanted(Resolution(max_pixels)))
 
 
 def damage_row(dataset: Dataset, row: int) -> None:
     """Overwrite a byte of a row's picture in its shard, as bit rot does: the index does not notice."""
-    path = dataset.shard(row)
+    path = Path(dataset.shard(row))
     with tarfile.open(path) as tar:
-        member = next(m for m in tar if m.name.startswith(dataset.keys[row] + ".png"))
+        member = next(m for m in tar if m.name.startswith(dataset.key(row) + ".png"))
+    stat = path.stat()
     with path.open("r+b") as f:
         f.seek(member.offset_data + member.size // 2)
         byte = f.read(1)[0]
         f.seek(member.offset_data + member.size // 2)
         f.write(bytes([byte ^ 0x55]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -1,6 +1,8 @@
-"""The laws of the plan: order, partition, budget, and independence of the world size."""
+"""The laws of the plan: order, sources, partition, budget, balance, and independence of the world size."""
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,49 +10,72 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.data import Draw, Plan
-from dstrain.data import plan as plan_module
+from dstrain.data import order as order_module
+from dstrain.data.order import Mixture, SourceOrder
+from dstrain.data.plan import Part
 from dstrain.errors import ConfigError
-from dstrain.rng import shuffled
+from dstrain.rng import Purpose, shuffled
 
 WORLDS = (1, 2, 3, 4, 8)
 
 
-def make(tokens: list[int] | np.ndarray, world_size: int = 2, **options: int) -> Plan:
-    settings_ = {"seed": 0, "global_batch_size": 8, "tokens_per_pack": 100} | options
-    return Plan(np.asarray(tokens, np.int64), world_size=world_size, **settings_)
+class Rows:
+    """A dataset that is nothing but its tokens, in `counts` rows a shard."""
+
+    def __init__(self, tokens: Sequence[int] | np.ndarray, parts: Sequence[Part] | None = None) -> None:
+        self.all = np.asarray(tokens, np.int64)
+        self.parts = parts or [Part(np.array([len(self.all)]), len(self.all))]
+        self.max_tokens = int(self.all.max(initial=0))
+
+    def tokens(self, rows: np.ndarray) -> np.ndarray:
+        return self.all[rows]
+
+
+def make(tokens: Any, world_size: int = 2, parts: Sequence[Part] | None = None, **options: Any) -> Plan:
+    defaults = {"seed": 0, "global_batch_size": 8, "tokens_per_pack": 100}
+    return Plan(Rows(tokens, parts), world_size=world_size, **(defaults | options))
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, int]]:
-    n = draw(st.integers(1, 60))
-    batch = draw(st.integers(1, n))
+def shards(draw: st.DrawFn) -> np.ndarray:
+    counts = draw(st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any))
+    return np.array(counts)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Rows, dict[str, int]]:
+    """Up to three sources with repeats, in shards of any size, some of them empty."""
+    counts = draw(st.lists(shards(), min_size=1, max_size=3))
+    parts = [Part(c, int(c.sum()) * draw(st.integers(1, 3))) for c in counts]
+    n = sum(int(c.sum()) for c in counts)
     budget = draw(st.integers(1, 300))
     tokens = draw(st.lists(st.integers(1, budget), min_size=n, max_size=n))
-    return np.array(tokens), {
+    return Rows(tokens, parts), {
         "seed": draw(st.integers(0, 2**64 - 1)),
-        "global_batch_size": batch,
+        "global_batch_size": draw(st.integers(1, n)),
         "tokens_per_pack": budget,
+        "window": draw(st.integers(1, 40)),
     }
 
 
-@given(plans(), st.integers(0, 10**6))
-@settings(max_examples=120, deadline=None)
-def test_a_step_is_a_partition_within_the_budget(case: tuple[np.ndarray, dict[str, int]], step: int) -> None:
-    tokens, options = case
+@given(plans(), st.integers(0, 10**6), st.sampled_from([None, 1, 100, 18432]))
+@settings(max_examples=200, deadline=None)
+def test_a_step_is_a_partition_within_the_budget(
+    case: tuple[Rows, dict[str, int]], step: int, attention: int | None
+) -> None:
+    rows, options = case
     size, budget = options["global_batch_size"], options["tokens_per_pack"]
     batches = []
     for world_size in (world for world in WORLDS if world <= size):
         try:
-            plan = Plan(tokens, world_size=world_size, **options)
+            plan = Plan(rows, world_size=world_size, attention_length=attention, **options)
         except ConfigError:
-            assert size % world_size  # the only thing that these cases can get wrong
+            assert size % world_size and 2 * rows.max_tokens > budget  # all that these cases can get wrong
             continue
         micros = plan.step(step)
         packs = [pack for micro in micros for pack in micro]
-        loads = [sum(int(tokens[row]) for _, row in pack) for pack in packs]
         assert all(len(micro) == world_size for micro in micros)
-        assert max(loads) <= budget
-        assert loads == sorted(loads, reverse=True)
+        assert all(sum(int(rows.all[row]) for _, row in pack) <= budget for pack in packs)
         assert all(packs)
         assert all(pack == sorted(pack) for pack in packs)
         batches.append(sorted(draw for pack in packs for draw in pack))
@@ -59,34 +84,85 @@ def test_a_step_is_a_partition_within_the_budget(case: tuple[np.ndarray, dict[st
     assert [draw.draw for draw in batches[0]] == list(range(step * size, (step + 1) * size))
 
 
+@given(shards(), st.integers(0, 2**64 - 1), st.integers(1, 40), st.integers(1, 13), st.integers(0, 10**9))
+@settings(max_examples=200, deadline=None)
+def test_each_row_comes_once_an_epoch(counts: np.ndarray, seed: int, window: int, size: int, epoch: int) -> None:
+    order = SourceOrder(counts, seed=seed, window=window)
+    n = order.n
+    first = epoch * n
+    pieces = [order.rows(place, min(size, first + 3 * n - place)) for place in range(first, first + 3 * n, size)]
+    rows = np.concatenate(pieces)
+    for number in range(3):
+        assert sorted(rows[number * n : (number + 1) * n].tolist()) == list(range(n))
+    assert np.array_equal(
+        rows[n // 2 :], SourceOrder(counts, seed=seed, window=window).rows(first + n // 2, 3 * n - n // 2)
+    )
+
+
+@given(shards(), st.integers(1, 40), st.integers(0, 100))
+@settings(max_examples=100, deadline=None)
+def test_what_is_read_at_one_time_lies_in_a_window_of_shards(counts: np.ndarray, window: int, epoch: int) -> None:
+    order = SourceOrder(counts, seed=5, window=window)
+    shard_of = np.repeat(np.arange(len(counts)), counts)
+    place, seen = epoch * order.n, []
+    while place < (epoch + 1) * order.n:
+        within = order.shards(place)
+        rows = order.rows(place, int(counts[within].sum()))
+        assert set(shard_of[rows].tolist()) == set(within.tolist())  # whole shards, and all of them
+        assert counts[within].sum() - counts[within[-1]] < window  # no more than it takes to fill the window
+        seen += within.tolist()
+        place += len(rows)
+    assert sorted(seen) == np.flatnonzero(counts).tolist()
+
+
 @given(plans())
-@settings(max_examples=60, deadline=None)
-def test_each_row_comes_once_an_epoch(case: tuple[np.ndarray, dict[str, int]]) -> None:
-    tokens, options = case
-    plan = Plan(tokens, world_size=1, **options)
-    epochs = 3
-    steps = -(-epochs * plan.n // plan.global_batch_size)
-    rows = [draw.row for step in range(steps) for draw in plan.batch(step)]
-    for epoch in range(epochs):
-        assert sorted(rows[epoch * plan.n : (epoch + 1) * plan.n]) == list(range(plan.n))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_holds_each_sample_as_often_as_its_source_says(case: tuple[Rows, dict[str, int]]) -> None:
+    rows, options = case
+    size = sum(part.share for part in rows.parts)
+    plan = Plan(rows, world_size=1, **(options | {"global_batch_size": 1}))
+    for epoch in (0, 3):
+        found = Counter(row for step in range(epoch * size, (epoch + 1) * size) for _, row in plan.batch(step))
+        first = 0
+        for part in rows.parts:
+            n = int(part.counts.sum())
+            assert {found[row] for row in range(first, first + n)} <= {part.share // n} if n else {0}
+            first += n
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=2, max_size=6), st.integers(0, 10**9))
+@settings(max_examples=50, deadline=None)
+def test_sources_come_in_proportion_to_their_shares(shares: list[int], block: int) -> None:
+    mixture = Mixture(np.array(shares), seed=1)
+    size = int(mixture.quotas.sum())
+    assert size == min(sum(shares), 1 << 16)
+    source, number = mixture.numbers(block * size + 7, size)
+    for k, share in enumerate(shares):
+        exact = share / sum(shares) * size
+        assert abs(int((source == k).sum()) - exact) <= max(2 + len(shares), 0.02 * size)
+        mine = number[source == k]
+        assert np.array_equal(mine, np.arange(mine[0], mine[0] + len(mine))) if len(mine) else True  # without a gap
+
+
+def test_a_source_without_many_samples_still_comes() -> None:
+    assert Mixture(np.array([1, 10**12]), seed=0).quotas.tolist() == [1, (1 << 16) - 1]
 
 
 @given(plans(), st.lists(st.integers(0, 50), min_size=1, max_size=8))
 @settings(max_examples=40, deadline=None)
-def test_a_step_does_not_depend_on_what_was_asked_before(
-    case: tuple[np.ndarray, dict[str, int]], steps: list[int]
-) -> None:
-    tokens, options = case
-    used = Plan(tokens, world_size=1, **options)
+def test_a_step_does_not_depend_on_what_was_asked_before(case: tuple[Rows, dict[str, int]], steps: list[int]) -> None:
+    rows, options = case
+    used = Plan(rows, world_size=1, **options)
     for step in steps:
-        assert used.step(step) == Plan(tokens, world_size=1, **options).step(step)
+        assert used.step(step) == Plan(rows, world_size=1, **options).step(step)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_seeds_and_sources_have_orders_of_their_own() -> None:
     plan = make([1] * 64, global_batch_size=64)
     orders = [tuple(row for _, row in plan.batch(epoch)) for epoch in range(3)]
     orders.append(tuple(row for _, row in make([1] * 64, global_batch_size=64, seed=1).batch(0)))
-    assert len(set(orders)) == 4 and tuple(range(64)) not in orders
+    orders += [tuple(SourceOrder(np.array([64]), seed=0, window=99, source=k).rows(0, 64).tolist()) for k in (1, 2)]
+    assert len(set(orders)) == 6 and tuple(range(64)) not in orders
 
 
 def test_a_batch_may_reach_into_the_next_epoch() -> None:
@@ -100,57 +176,75 @@ def test_a_batch_may_reach_into_the_next_epoch() -> None:
 
 def test_the_number_of_micro_steps_is_the_least_that_fits() -> None:
     tokens = [60, 50, 40, 30, 10, 10]  # 200 in all
-    for budget, world_size, micros in [
-        (200, 1, 1),
-        (199, 1, 2),
-        (100, 2, 1),
-        (100, 1, 2),
-        (60, 1, 4),
-        (60, 2, 2),
-        (60, 4, 1),
-    ]:
+    cases = [(200, 1, 1), (199, 1, 2), (100, 2, 1), (100, 1, 2), (60, 1, 4), (60, 2, 2), (60, 3, 2)]
+    for budget, world_size, micros in cases:
         plan = make(tokens, world_size, global_batch_size=6, tokens_per_pack=budget)
         assert len(plan.step(0)) == micros, (budget, world_size)
 
 
-def test_longest_first_balances_the_ranks() -> None:
-    tokens = np.random.default_rng(0).integers(200, 4500, 512)
-    plan = make(tokens, 8, global_batch_size=256, tokens_per_pack=33000)
-    micros = plan.step(0)
-    for micro in micros:
-        loads = [int(tokens[[row for _, row in pack]].sum()) for pack in micro]
-        assert max(loads) - min(loads) <= 0.03 * max(loads)
-    assert len(micros) == -(-int(tokens[[row for _, row in plan.batch(0)]].sum()) // (8 * 33000))
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_no_rank_waits_long(world_size: int) -> None:
+    """Eight samples of 200 to 4,500 tokens a pack: costs of one micro-step within 3 % of their mean."""
+    tokens = np.random.default_rng(0).integers(200, 4500, 64 * world_size)
+    plan = make(tokens, world_size, global_batch_size=16 * world_size, tokens_per_pack=24000, attention_length=18432)
+    for step in range(4):
+        for micro in plan.step(step):
+            costs = [int(plan.costs(tokens[[row for _, row in pack]]).sum()) for pack in micro]
+            assert max(costs) <= 1.03 * np.mean(costs)
+        _, used, waiting = plan.figures(step)
+        assert 0.5 < used <= 1 and 0 <= waiting <= 0.03
+
+
+def test_attention_counts() -> None:
+    """One long sample costs more than two of half its length, and only then does it get a pack of its own."""
+    tokens = [4000, 2000, 2000, 2000]
+    sizes = {}
+    for attention in (None, 100):
+        plan = make(tokens, 2, global_batch_size=4, tokens_per_pack=9000, attention_length=attention)
+        (micro,) = plan.step(0)
+        sizes[attention] = sorted(len(pack) for pack in micro)
+    assert sizes == {None: [2, 2], 100: [1, 3]}
 
 
 def test_the_plan_does_not_change_from_version_to_version() -> None:
     """A run must continue after an upgrade: these rows are fixed."""
     plan = make([10, 20, 30, 40, 50, 60, 70, 80], 2, seed=7, global_batch_size=4, tokens_per_pack=100)
-    assert plan.step(2) == [[[Draw(9, 7)], [Draw(11, 6)]], [[Draw(8, 5)], [Draw(10, 4)]]]
-    assert plan.step(3) == [[[Draw(13, 3), Draw(15, 0)], [Draw(12, 1), Draw(14, 2)]]]
+    assert plan.step(2) == [[[Draw(11, 7)], [Draw(9, 6)]], [[Draw(10, 4)], [Draw(8, 0)]]]
+    two = [Part(np.array([3, 2]), 10), Part(np.array([2, 1]), 3)]
+    mixed = make([10, 20, 30, 40, 50, 60, 70, 80], 2, two, seed=7, global_batch_size=4, tokens_per_pack=100, window=2)
+    assert mixed.step(3) == [[[Draw(12, 2), Draw(13, 1)], [Draw(14, 0), Draw(15, 2)]]]
 
 
 def test_any_step_is_reached_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One order an epoch is all that is computed, wherever a run begins."""
+    """One order of shards an epoch and one of rows a window is all that is computed, wherever a run begins."""
     made = []
 
-    def counted(seed: int, epoch: int, n: int) -> np.ndarray:
-        made.append(epoch)
-        return shuffled(seed, epoch, n)
+    def counted(seed: int, n: int, purpose: Purpose, stream: tuple[int, int]) -> np.ndarray:
+        made.append((purpose, n))
+        return shuffled(seed, n, purpose, stream)
 
-    monkeypatch.setattr(plan_module, "shuffled", counted)
-    plan = make(np.full(1000, 10), 4, global_batch_size=64, tokens_per_pack=400)
+    monkeypatch.setattr(order_module, "shuffled", counted)
+    parts = [Part(np.full(1000, 100), 100_000)]
+    plan = make(np.full(100_000, 10), 4, parts, global_batch_size=64, tokens_per_pack=400, window=1000)
     for step in (10**9, 10**9 + 1, 10**9 + 3):
         plan.step(step)
-    assert made == [64 * 10**9 // 1000]
-    for step in (0, 14, 15, 16, 29):  # step 15 holds places 960 to 1023
-        plan.step(step)
-    assert made[1:] == [0, 1]
+    assert made == [(Purpose.SHARD_ORDER, 1000), (Purpose.ORDER, 1000)]
 
 
-def test_samples_and_batches_go_together() -> None:
-    rows = Counter(row for step in range(10) for _, row in make([5] * 20, 4, global_batch_size=10).batch(step))
-    assert set(rows.values()) == {5}
+def test_a_billion_samples_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(order_module, "shuffled", lambda s, n, *a: sizes.append(n) or shuffled(s, n, *a))
+
+    class Billion:
+        parts = (Part(np.full(100_000, 10_000), 10**9),)
+        max_tokens = 5095
+
+        def tokens(self, rows: np.ndarray) -> np.ndarray:
+            return 1000 + rows * 2654435761 % 4096
+
+    plan = Plan(Billion(), seed=0, global_batch_size=4096, tokens_per_pack=1 << 15, world_size=1024)
+    packs = [pack for step in (123_456_789, 7) for micro in plan.step(step) for pack in micro]
+    assert len(packs) == 2048 and max(sizes) == 100_000  # the shards; windows are smaller
 
 
 @pytest.mark.parametrize(
@@ -158,13 +252,9 @@ def test_samples_and_batches_go_together() -> None:
     [
         ([5] * 7, 2, {}, "the shards hold 7 usable samples, fewer than global_batch_size = 8"),
         ([5] * 20, 9, {}, "global_batch_size = 8 leaves some of 9 ranks without a sample; give at least 9"),
-        (
-            [5] * 20 + [101, 300],
-            2,
-            {},
-            "2 of 22 samples have more tokens than tokens_per_pack = 100; give at least 300",
-        ),
+        ([5] * 20 + [101, 300], 2, {}, "a sample can have 300 tokens, more than tokens_per_pack = 100"),
         ([], 1, {"global_batch_size": 1}, "the shards hold 0 usable samples"),
+        ([60] * 9, 3, {}, "not a multiple of 3 ranks.* or give tokens_per_pack = 120"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -172,23 +262,3 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make(tokens, world_size, **options)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "batch", "world_size", "needed"),
-    [
-        ([100] * 5, 5, 2, 200),
-        ([90, 70, 50, 30, 10, 5], 5, 2, 120),
-        ([90, 70, 50, 30, 10, 8, 6, 4, 2, 1], 7, 4, 120),
-        ([60] * 9, 8, 3, 120),
-        ([90, 70, 65, 60, 50], 5, 4, 110),  # no batch reaches into the next epoch
-    ],
-)
-def test_a_rank_is_never_left_without_samples(tokens: list[int], batch: int, world_size: int, needed: int) -> None:
-    """Where the batch does not divide, the budget must have room for two of the longest samples that could meet."""
-    with pytest.raises(ConfigError, match=f"not a multiple of {world_size} ranks.* or give tokens_per_pack = {needed}"):
-        make(tokens, world_size, global_batch_size=batch, tokens_per_pack=needed - 1)
-    plan = make(tokens, world_size, global_batch_size=batch, tokens_per_pack=needed)
-    assert all(pack for step in range(20) for micro in plan.step(step) for pack in micro)
-    even = make(tokens, world_size, global_batch_size=world_size, tokens_per_pack=max(tokens))
-    assert all(pack for step in range(20) for micro in even.step(step) for pack in micro)

@@ -1,27 +1,31 @@
-"""Indexes and datasets: what is in a shard, what is left out and why, and that damage never makes a wrong pair."""
+"""Shards and their indexes: what is a sample, what is left out and why, which files an entry names."""
 
-import io
 import os
-import pickle
-import random
+import subprocess
+import sys
 import tarfile
-import zipfile
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from data_samples import damage_row, mixed_dataset, picture, sample_members, write_tar
+import xxhash
+from data_samples import picture, sample_members, write_tar
 from PIL import Image
-from test_data_tar import mutate
 
-from dstrain.data import open_dataset, shards
-from dstrain.data.decode import decode
-from dstrain.data.reasons import BadSample, Reason, ranked
-from dstrain.data.shards import ROW, SIDECAR, find_shards, open_index
-from dstrain.errors import ConfigError, DataError
+from dstrain.data import processes, shards
+from dstrain.data.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, captions_of
+from dstrain.data.index import ShardIndex
+from dstrain.data.names import Content, column_of, split
+from dstrain.data.probe import MAX_IMAGE_BYTES
+from dstrain.data.reasons import Reason, ranked
+from dstrain.data.shards import find_local, find_shards, open_index, open_indexes, sidecar_of
+from dstrain.errors import DataError
+from dstrain.storage import locked
 
 PNG = picture(32, 32)
 
@@ -30,142 +34,326 @@ def left_out(path: Path) -> dict[str, Reason]:
     return {entry.key: entry.reason for entry in open_index(path).excluded}
 
 
-def sidecar(path: Path) -> Path:
-    return path.with_name(path.name + SIDECAR)
+def columns(index: ShardIndex) -> dict[str, list[str]]:
+    """The columns of each row's members."""
+    names = [index.columns[number] for number in index.parts["column"]]
+    return {
+        key: names[row["first"] : row["first"] + row["count"]] for key, row in zip(index.keys, index.rows, strict=True)
+    }
+
+
+def caption(index: ShardIndex, row: int) -> list[str]:
+    part = index.parts[index.rows["caption"][row]]
+    data = index.path.read_bytes()[part["offset"] : part["offset"] + part["size"]]
+    assert xxhash.xxh3_64_intdigest(data) == part["digest"]
+    return captions_of(data, Content(part["kind"]).name.lower())
 
 
 # What is a sample
 
 
-def test_index_of_a_sound_shard(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", sample_members(3, (48, 20)))
-    index = open_index(path)
-    assert list(index.keys) == ["0000", "0001", "0002"] and index.excluded == []
-    assert index.rows["width"].tolist() == [48] * 3 and index.rows["height"].tolist() == [20] * 3
-    assert index.rows["caption_bytes"].tolist() == [9] * 3
-    dataset = open_dataset([str(path)], max_pixels=1 << 20)
-    assert dataset.read(1) == (picture(48, 20, seed=1), "caption 1")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.png", ("a", "png")),
+        ("x/y.z/a.b.PNG", ("x/y.z/a", "b.png")),
+        ("./a.jpg", ("./a", "jpg")),
+        ("a.tar.gz", ("a", "tar.gz")),
+        ("a", None),
+        ("a.", None),
+        (".hidden.png", None),
+        ("__meta__.json", None),
+        ("", None),
+    ],
+)
+def test_key_and_extension_are_those_of_webdataset(name: str, expected: tuple[str, str] | None) -> None:
+    assert split(name) == expected
+    theirs = webdataset.tariterators.base_plus_ext(name)
+    if expected is not None:
+        assert (theirs[0], theirs[1].lower()) == expected
+    else:
+        assert theirs[0] is None or theirs[1] == "" or name.startswith("__")
+
+
+@pytest.mark.parametrize(
+    ("extension", "expected"),
+    [
+        ("png", ("image", Content.IMAGE)),
+        ("jpeg", ("image", Content.IMAGE)),
+        ("mp4", ("video", Content.VIDEO)),
+        ("mkv", ("video", Content.VIDEO)),
+        ("txt", ("txt", Content.TXT)),
+        ("json", ("json", Content.JSON)),
+        ("edit_image.webp", ("edit_image", Content.IMAGE)),
+        ("edit_image.0.png", ("edit_image.0", Content.IMAGE)),
+        ("pose.webm", ("pose", Content.VIDEO)),
+        ("en.txt", ("en.txt", Content.OPAQUE)),
+        ("meta.json", ("meta.json", Content.OPAQUE)),
+        ("npy", ("npy", Content.OPAQUE)),
+        ("png.zst", ("png.zst", Content.OPAQUE)),
+    ],
+)
+def test_columns(extension: str, expected: tuple[str, Content]) -> None:
+    assert column_of(extension) == expected
 
 
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ([("a.png", PNG)], Reason.NO_CAPTION),
-        ([("a.png", PNG), ("b.txt", b"other")], Reason.NO_CAPTION),
-        ([("a.txt", b"caption")], Reason.NO_IMAGE),
-        ([("a.gif", PNG), ("a.txt", b"caption")], Reason.NO_IMAGE),
+        ([("a.gif", PNG), ("a.txt", b"caption")], Reason.IMAGE_FORMAT),
+        ([("a.png", PNG), ("a.edit.tiff", PNG), ("a.txt", b"caption")], Reason.IMAGE_FORMAT),
+        ([("a.AVIF", PNG)], Reason.IMAGE_FORMAT),
+        ([("a.avi", PNG), ("a.txt", b"caption")], Reason.VIDEO_FORMAT),
         ([("a.png", PNG), ("a.txt", b"")], Reason.EMPTY_CAPTION),
         ([("a.png", PNG), ("a.txt", b"\xef\xbb\xbf \n\t ")], Reason.EMPTY_CAPTION),
         ([("a.png", PNG), ("a.txt", b"caf\xe9")], Reason.CAPTION_ENCODING),
         ([("a.png", PNG), ("a.txt", "utf-16".encode("utf-16-le"))], Reason.CAPTION_ENCODING),
-        ([("a.png", PNG), ("a.txt", b"x" * (1 << 16) + b"x")], Reason.CAPTION_TOO_LONG),
+        ([("a.png", PNG), ("a.txt", b"x" * (MAX_CAPTION_BYTES + 1))], Reason.CAPTION_TOO_LONG),
+        ([("a.png", PNG), ("a.txt", b""), ("a.json", b'{"caption": "x"}')], Reason.EMPTY_CAPTION),
         ([("a.png", PNG), ("a.json", b"{")], Reason.NO_CAPTION),
         ([("a.png", PNG), ("a.json", b"[" * 60000)], Reason.NO_CAPTION),
-        ([("a.png", PNG), ("a.json", b'["caption"]')], Reason.NO_CAPTION),
-        ([("a.png", PNG), ("a.json", b'{"caption": null, "text": "other"}')], Reason.NO_CAPTION),
-        ([("a.png", PNG), ("a.json", b'{"caption": 5}')], Reason.NO_CAPTION),
         ([("a.png", PNG), ("a.json", b'{"caption": " "}')], Reason.EMPTY_CAPTION),
+        ([("a.png", PNG), ("a.json", b'{"caption": []}')], Reason.EMPTY_CAPTION),
         ([("a.png", PNG), ("a.json", rb'{"caption": "\ud800"}')], Reason.CAPTION_ENCODING),
+        ([("a.png", PNG), ("a.json", b" " * (MAX_JSON_BYTES + 1))], Reason.CAPTION_TOO_LONG),
         ([("a.png", PNG), ("a.jpg", picture(32, 32, kind="JPEG")), ("a.txt", b"x")], Reason.AMBIGUOUS),
         ([("a.png", PNG), ("a.txt", b"x"), ("a.png", PNG), ("a.txt", b"y")], Reason.AMBIGUOUS),
         ([("a.png", PNG), ("a.txt", b"x"), ("a.txt", b"y")], Reason.AMBIGUOUS),
         ([("a.png", PNG), ("a.PNG", PNG), ("a.txt", b"x")], Reason.AMBIGUOUS),
+        ([("a.png", PNG), ("a.image.png", PNG), ("a.txt", b"x")], Reason.AMBIGUOUS),
+        ([("a.edit", b"x"), ("a.edit.png", PNG)], Reason.AMBIGUOUS),
         ([("a.png", b""), ("a.txt", b"x")], Reason.IMAGE_FORMAT),
         ([("a.jpg", b"text"), ("a.txt", b"x")], Reason.IMAGE_FORMAT),
         ([("a.png", PNG[:-5]), ("a.txt", b"x")], Reason.IMAGE_DAMAGED),
+        ([("a.png", PNG), ("a.mask.png", PNG[:-5]), ("a.txt", b"x")], Reason.IMAGE_DAMAGED),
     ],
 )
 def test_left_out(tmp_path: Path, members: list[tuple[str, bytes]], reason: Reason) -> None:
     path = write_tar(tmp_path / "a.tar", [*members, *sample_members(1)])
-    assert left_out(path)["a"] is reason
+    assert left_out(path) == {"a": reason}
     assert list(open_index(path).keys) == ["0000"]
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "caption"),
+    ("members", "expected"),
     [
-        ("a.txt", "\ufeff  häuser\n".encode(), "häuser"),
-        ("a.TXT", b"upper", "upper"),
-        ("a.json", b'{"caption": "from json"}', "from json"),
-        ("a.json", b'{"text": "t", "prompt": "p", "url": "http://x"}', "t"),
-        ("a.json", b'{"prompt": "p"}', "p"),
+        ([("a.png", PNG)], ["image"]),
+        ([("a.txt", b"x")], ["txt"]),
+        ([("a.cls", b"5")], ["cls"]),
+        ([("a.png", PNG), ("a.json", b'{"url": "http://x"}')], ["image", "json"]),
+        ([("a.png", PNG), ("a.json", b'["caption"]')], ["image", "json"]),
+        ([("a.png", PNG), ("a.json", b'{"caption": 5}')], ["image", "json"]),
+        ([("a.png", PNG), ("a.json", b'{"caption": null, "text": "other"}')], ["image", "json"]),
+        ([("a.txt.png", PNG), ("a.x.npy", b"")], ["txt", "x.npy"]),
     ],
 )
-def test_captions(tmp_path: Path, name: str, data: bytes, caption: str) -> None:
-    path = write_tar(tmp_path / "a.tar", [("a.png", PNG), (name, data)])
-    dataset = open_dataset([str(path)], max_pixels=1024)
-    assert dataset.read(0) == (PNG, caption)
-    assert dataset.caption_bytes.tolist() == [len(caption.encode())]
+def test_rows_without_a_caption(tmp_path: Path, members: list[tuple[str, bytes]], expected: list[str]) -> None:
+    """Whether something is missed is decided by the training; nothing here is damaged."""
+    index = open_index(write_tar(tmp_path / "a.tar", members))
+    assert columns(index) == {"a": expected} and not index.excluded_counts
+    assert (index.rows["caption"][0] >= 0) == (members == [("a.txt", b"x")])
 
 
-def test_text_comes_before_json_and_other_members_are_passed_over(tmp_path: Path) -> None:
-    extra = [("a.json", b'{"caption": "json"}'), ("a.cls", b"5"), ("a.pkl", pickle.dumps(1)), ("__meta__.txt", b"x")]
-    path = write_tar(
-        tmp_path / "a.tar", [("a.png", PNG), ("a.txt", b"text"), *extra, ("README.md", b""), (".x.png", b"")]
-    )
-    assert open_dataset([str(path)], max_pixels=1024).read(0)[1] == "text"
-    assert left_out(path) == {}
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.txt", "\ufeff  häuser\n".encode(), ["häuser"]),
+        ("a.TXT", b"upper", ["upper"]),
+        ("a.json", b'{"caption": "from json"}', ["from json"]),
+        ("a.json", b'{"text": "t", "prompt": "p", "url": "http://x"}', ["t"]),
+        ("a.json", b'{"prompt": ["short", "a longer one", ""]}', ["short", "a longer one"]),
+    ],
+)
+def test_captions(tmp_path: Path, name: str, data: bytes, expected: list[str]) -> None:
+    index = open_index(write_tar(tmp_path / "a.tar", [("a.png", PNG), (name, data)]))
+    assert caption(index, 0) == expected
+    assert index.rows["caption_bytes"].tolist() == [max(len(text.encode()) for text in expected)]
 
 
-def test_pairs_by_key_wherever_the_members_lie(tmp_path: Path) -> None:
-    pairs = [(f"{folder}/{name}", f"{folder} {name}") for folder in ("x", "y.z", "./v") for name in ("a", "b")]
-    members = [(f"{key}.png", picture(32, 32, seed=i)) for i, (key, _) in enumerate(pairs)]
-    members += [(f"{key}.txt", caption.encode()) for key, caption in reversed(pairs)]
-    dataset = open_dataset([str(write_tar(tmp_path / "a.tar", members))], max_pixels=1024)
-    assert list(dataset.keys) == [key for key, _ in pairs]
-    for row, (_, caption) in enumerate(pairs):
-        assert dataset.read(row) == (picture(32, 32, seed=row), caption)
+@pytest.mark.parametrize("order", [1, -1])
+def test_text_comes_before_json_however_bad(tmp_path: Path, order: int) -> None:
+    for number, other in enumerate([b'{"caption": "json"}', b"{", b'{"caption": ""}', b" " * (MAX_JSON_BYTES + 1)]):
+        members = [("a.txt", b"text"), ("a.json", other)][::order]
+        index = open_index(write_tar(tmp_path / f"{number}.tar", [("a.png", PNG), *members]))
+        assert caption(index, 0) == ["text"] and not index.excluded_counts
 
 
-def test_hostile_names_and_kinds_are_reported_and_never_followed(tmp_path: Path) -> None:
-    (tmp_path / "secret.txt").write_text("secret")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("../secret.png", "/etc/secret.png", "x/../../y.png"):
-            info = tarfile.TarInfo(name)
-            info.size = len(PNG)
-            tar.addfile(info, io.BytesIO(PNG))
-        for name, kind in (("s.txt", tarfile.SYMTYPE), ("h.txt", tarfile.LNKTYPE), ("d.png", tarfile.CHRTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, str(tmp_path / "secret.txt")
-            tar.addfile(info)
-        for name, data in [("s.png", PNG), ("h.png", PNG), *sample_members(1)]:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    before = sorted(tmp_path.rglob("*"))
-    index = open_index(tmp_path / "a.tar")
-    assert list(index.keys) == ["0000"]
-    reasons = [entry.reason for entry in index.excluded]
-    assert ranked(reasons) == "not_a_file 3, unsafe_name 3, no_caption 2"
-    assert sorted(tmp_path.rglob("*")) == sorted([*before, sidecar(tmp_path / "a.tar")])
+def test_what_webdataset_passes_over_is_in_nobodys_way(tmp_path: Path) -> None:
+    between = [("__meta__.txt", b"x"), ("README", b""), (".a.png", b""), ("x/.DS_Store", b"")]
+    path = write_tar(tmp_path / "a.tar", [("a.png", PNG), *between, ("a.txt", b"text"), *between])
+    assert columns(open_index(path)) == {"a": ["image", "txt"]} and left_out(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "again"),
+    [
+        (["a.png", "b.png", "a.txt"], ["b"], ["a"]),
+        (["a.png", "b.png", "a.txt", "b.txt"], [], ["a", "b"]),
+        (["a.png", "a.txt", "b.png", "b.txt", "a.cls", "c.png"], ["b", "c"], ["a"]),
+        (["c.png", "x/a.png", "y/a.png", "a.png", "c.txt"], ["x/a", "y/a", "a"], ["c"]),
+        (["a.png", "A.png", "a.b.png", "b.a.png"], ["A", "b"], ["a"]),
+    ],
+)
+def test_a_key_that_comes_again_is_never_merged(
+    tmp_path: Path, names: list[str], rows: list[str], again: list[str]
+) -> None:
+    index = open_index(write_tar(tmp_path / "a.tar", [(n, PNG if n.endswith("g") else b"x") for n in names]))
+    assert list(index.keys) == rows and len(columns(index)) == len(rows)
+    assert [(entry.key, entry.reason) for entry in index.excluded] == [(key, Reason.AMBIGUOUS) for key in again]
+    with tarfile.open(index.path) as tar:
+        offsets = [m.offset_data for m in tar if split(m.name)[0] in rows]
+    assert index.parts["offset"].tolist() == offsets
+
+
+def test_a_damaged_sample_that_comes_again(tmp_path: Path) -> None:
+    members = [("a.png", b"damaged"), ("b.png", PNG), ("b.txt", b"x"), ("a.png", PNG), ("a.txt", b"x")]
+    index = open_index(write_tar(tmp_path / "a.tar", members))
+    assert list(index.keys) == ["b"] and index.rows["caption"].tolist() == [1]
+    assert ranked(e.reason for e in index.excluded) == "ambiguous 1, image_format 1"
+
+
+def test_columns_of_left_out_samples_are_not_columns(tmp_path: Path) -> None:
+    members = [("a.x", b""), ("a.x", b""), ("b.png", PNG), ("b.txt", b"x"), ("a.y", b""), ("c.z", b"")]
+    index = open_index(write_tar(tmp_path / "a.tar", members))
+    assert index.columns == ("image", "txt", "z") and columns(index) == {"b": ["image", "txt"], "c": ["z"]}
+
+
+def test_too_many_kinds_of_members_are_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"photo 3.{n}.png", PNG) for n in range(300)])
+    with pytest.raises(DataError, match=r"more than 256 kinds of members, the last being '256'.*first dot"):
+        open_index(path)
+
+
+def test_sizes_are_as_pictures_are_meant_to_be_seen(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "t.jpg", exif=exif)
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", (tmp_path / "t.jpg").read_bytes()), ("b.png", picture(48, 20))])
+    parts = open_index(path).parts
+    assert parts["width"].tolist() == [20, 48] and parts["height"].tolist() == [40, 20]
+
+
+def test_pictures_over_the_limits_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tar"
+    info = tarfile.TarInfo("a.png")
+    info.size = MAX_IMAGE_BYTES + 1
+    with path.open("wb") as file:  # a hole, no bytes on disk
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(512 + -(-info.size // 512) * 512 + 1024)
+    assert left_out(path) == {"a": Reason.IMAGE_TOO_LARGE}
 
 
 def test_shards_of_webdataset_writers_are_read(tmp_path: Path) -> None:
     with webdataset.ShardWriter(str(tmp_path / "s-%04d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(6):
-            picture_ = Image.open(io.BytesIO(picture(40, 50, seed=number)))
-            writer.write(
-                {"__key__": f"{number:06d}", "png": picture_, "txt": f"text {number}", "json": {"caption": "no"}}
-            )
-    dataset = open_dataset([str(tmp_path)], max_pixels=1 << 20)
-    assert len(dataset) == 6 and len(dataset.shards) == 2
-    for row in range(6):
-        data, caption = dataset.read(row)
-        assert caption == f"text {row}"
-        assert np.array_equal(Image.open(io.BytesIO(data)), Image.open(io.BytesIO(picture(40, 50, seed=row))))
+            image = Image.fromarray(np.full((50, 40, 3), number, np.uint8))
+            sample = {"png": image, "edit.png": image, "txt": f"text {number}", "json": {"caption": "no"}, "cls": 5}
+            writer.write({"__key__": f"{number:06d}", **sample})
+    indexes = open_indexes([Path(name) for name in find_shards([str(tmp_path)])])
+    assert [index.samples for index in indexes] == [4, 2]
+    for number in range(6):
+        index, row = indexes[number // 4], number % 4
+        assert index.keys[row] == f"{number:06d}" and caption(index, row) == [f"text {number}"]
+        assert sorted(columns(index)[f"{number:06d}"]) == ["cls", "edit", "image", "json", "txt"]
+
+
+def test_webdataset_groups_the_same_samples(tmp_path: Path) -> None:
+    members = [
+        (f"{folder}/{n}.{extension}", b"x")
+        for folder in ("x", "y.z", "./v")
+        for n in range(3)
+        for extension in ("txt", "cls", "A.b.npy")
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    index = open_index(path)
+    theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert list(index.keys) == [sample["__key__"] for sample in theirs]
+    for sample in theirs:
+        names = [name for name in sample if not name.startswith("__")]
+        assert sorted(columns(index)[sample["__key__"]]) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["x/.png", "x/._a.png", "x/.DS_Store"])
+def test_hidden_files_are_no_samples_in_any_folder(name: str) -> None:
+    assert split(name) is None
+
+
+# Memory and time
+
+
+GREEDY = """
+import os, resource, sys, time
+from pathlib import Path
+from dstrain.data.shards import open_index
+open_index(Path(sys.argv[1]))
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+index = open_index(Path(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - start, index.samples)
+"""
+
+
+def greed(tmp_path: Path, path: Path) -> tuple[float, float, int]:
+    """MiB by which the memory of a process grows while it indexes a shard, seconds, samples."""
+    small = write_tar(tmp_path / "small.tar", sample_members(2))
+    done = subprocess.run(
+        [sys.executable, "-c", GREEDY, str(small), str(path)], capture_output=True, text=True, check=True
+    )
+    grown, seconds, samples = done.stdout.split()
+    return int(grown) / 1024, float(seconds), int(samples)
+
+
+def test_a_large_member_is_not_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    info = tarfile.TarInfo("a.npy")
+    info.size = 1 << 29
+    with path.open("wb") as file:
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(512 + info.size + 1024)
+    grown, _, samples = greed(tmp_path, path)
+    assert samples == 1 and grown < 32
+
+
+def test_many_small_members_take_little_memory_and_time(tmp_path: Path) -> None:
+    count = 40_000
+    block = bytearray(tarfile.TarInfo("0000000.txt").tobuf(tarfile.USTAR_FORMAT))
+    block[124:135] = b"%011o" % 1
+    with (tmp_path / "a.tar").open("wb") as file:
+        for number in range(count):
+            block[:7] = b"%07d" % number
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+            file.write(block + b"x".ljust(512, b"\0"))
+        file.write(b"\0" * 1024)
+    grown, seconds, samples = greed(tmp_path, tmp_path / "a.tar")
+    index = 95 * count / 2**20
+    assert samples == count and seconds < 10
+    assert grown < 64 * count / 1e6 + 4 * index + 8, "a million members: 64 MiB beyond the index and its copies"
+
+
+def test_opening_many_indexes_is_fast(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", sample_members(4))
+    open_index(path)
+    paths = [tmp_path / f"{number}.tar" for number in range(1000)]
+    for copy in paths[1:]:
+        copy.hardlink_to(path)
+        sidecar_of(copy).hardlink_to(sidecar_of(path))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert len(open_indexes(paths)) == 1000
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5  # 0.06 where nothing else runs
 
 
 # Sidecars
 
 
-def test_a_fresh_sidecar_is_used_and_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    members = [*sample_members(3), ("ü\n.png", PNG), ("b.txt", b"")]
-    path = write_tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)
+def test_a_fresh_sidecar_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", sample_members(3))
     built = open_index(path)
-    monkeypatch.setattr(shards, "members", None)  # building again would fail
-    loaded = open_index(path)
-    assert np.array_equal(built.rows, loaded.rows) and list(built.keys) == list(loaded.keys)
-    assert built.excluded == loaded.excluded and len(loaded.excluded) == 2
+    monkeypatch.setattr(shards, "scan", None)  # building again would fail
+    assert np.array_equal(open_index(path).parts, built.parts)
 
 
 @pytest.mark.parametrize("same_size", [True, False])
@@ -174,80 +362,100 @@ def test_a_stale_sidecar_is_made_again(tmp_path: Path, same_size: bool) -> None:
     open_index(path)
     write_tar(path, sample_members(3, first=3) if same_size else sample_members(9, first=3))
     os.utime(path, ns=(1, 1))
-    index = open_index(path)
-    assert list(index.keys)[:3] == ["0003", "0004", "0005"]
-    dataset = open_dataset([str(path)], max_pixels=1024)
-    assert dataset.read(0) == (picture(32, 32, seed=3), "caption 3")
+    assert list(open_index(path).keys)[:3] == ["0003", "0004", "0005"]
+    assert open_index(path).mtime_ns == 1
 
 
-def resaved(path: Path, **changes: np.ndarray) -> None:
-    with np.load(path) as archive:
-        arrays = dict(archive) | changes
-    np.savez(path, **arrays)
-
-
-class Payload:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (os.system, ("touch canary",))
-
-
-def test_a_sidecar_is_never_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged, contradictory and hostile sidecars are made again, and nothing in them runs."""
-    monkeypatch.chdir(tmp_path)
+def test_a_shard_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tar(tmp_path / "a.tar", sample_members(3))
-    rows = open_index(path).rows
-    good = sidecar(path).read_bytes()
-    changed = []
-    for field, value in [
-        ("image_offset", 1 << 40),
-        ("image_offset", -1),
-        ("image_size", 1 << 62),
-        ("caption_size", -5),
-        ("caption_kind", 7),
-        ("width", -3),
-        ("height", 0),
-    ]:
-        wrong = rows.copy()
-        wrong[field][1] = value
-        changed.append({"rows": wrong})
-    changed.append({"rows": rows[:2]})
-    changed.append({"rows": np.zeros(3, np.int64)})
-    changed.append({"rows": np.array([Payload()] * 3, dtype=object)})
-    changed.append({"key_ends": np.array([4, 2, 12])})
-    changed.append({"key_ends": np.array([4, 8, 99])})
-    changed.append({"excluded": np.frombuffer(b"[[1, 2]]", np.uint8)})
-    changed.append({"excluded": np.frombuffer(b'[["k", "no such reason", ""]]', np.uint8)})
-    contents = []
-    for change in changed:
-        sidecar(path).write_bytes(good)
-        resaved(sidecar(path), **change)
-        contents.append(sidecar(path).read_bytes())
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:  # a zip bomb has to be compressed
-        archive.writestr("header.npy", b"\0" * 1000)
-    contents += [buffer.getvalue(), pickle.dumps(Payload()), b"", good[:-40], good[: len(good) // 2], b"x" * (2 << 20)]
-    flipped = bytearray(good)
-    flipped[good.index(b"0001")] ^= 1  # in the keys: the zip has a checksum for each array
-    contents.append(bytes(flipped))
-    for content in contents:
-        sidecar(path).write_bytes(content)
-        index = open_index(path)
-        assert list(index.keys) == ["0000", "0001", "0002"] and np.array_equal(index.rows, rows)
-        assert open_index(path).rows.dtype == ROW
-        with np.load(sidecar(path)) as archive:
-            assert np.array_equal(archive["rows"], rows)  # repaired on disk
-    assert not (tmp_path / "canary").exists()
+    digest = shards.scan.__globals__["shard_digest"]
+
+    def appended(fd: int) -> str:
+        with path.open("ab") as file:
+            file.write(b"\0" * 512)
+        return digest(fd)
+
+    monkeypatch.setitem(shards.scan.__globals__, "shard_digest", appended)
+    with pytest.raises(DataError, match="changed while it was indexed; wait"):
+        open_index(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_several_ranks_may_index_at_once(tmp_path: Path) -> None:
+def test_several_threads_may_index_at_once(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", sample_members(8))
     for _ in range(3):
-        sidecar(path).unlink(missing_ok=True)
-        with ThreadPoolExecutor(8) as ranks:  # one process number, as in containers on several nodes
+        sidecar_of(path).unlink(missing_ok=True)
+        with ThreadPoolExecutor(8) as ranks:
             indexes = list(ranks.map(open_index, [path] * 8))
         assert all(np.array_equal(index.rows, indexes[0].rows) for index in indexes)
-        assert np.array_equal(open_index(path).rows, indexes[0].rows)
-    assert sorted(tmp_path.iterdir()) == [path, sidecar(path)]
+    assert sorted(tmp_path.iterdir()) == [path, sidecar_of(path)]
+
+
+def _open_counting(path: str, log: str) -> None:
+    scan = shards.scan
+
+    def counting(path: Path, fd: int) -> ShardIndex:
+        with open(log, "a") as file:  # noqa: PTH123
+            file.write("x")
+        time.sleep(0.3)
+        return scan(path, fd)
+
+    shards.scan = counting
+    assert open_index(Path(path)).samples == 8
+
+
+def test_processes_index_a_shard_once(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", sample_members(8))
+    context = get_context("fork")
+    ranks = [context.Process(target=_open_counting, args=(str(path), str(tmp_path / "log"))) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+        assert rank.exitcode == 0
+    assert (tmp_path / "log").read_text() == "x"
+
+
+def _hold(path: str, ready: str) -> None:
+    with locked(Path(path)):
+        Path(ready).touch()
+        time.sleep(60)
+
+
+def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
+    holder = get_context("fork").Process(target=_hold, args=(str(tmp_path / "lock"), str(tmp_path / "ready")))
+    holder.start()
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    with ThreadPoolExecutor(1) as pool:
+
+        def take() -> float:
+            with locked(tmp_path / "lock"):
+                return time.perf_counter()
+
+        taken = pool.submit(take)
+        time.sleep(0.1)
+        assert not taken.done()
+        killed = time.perf_counter()
+        holder.kill()
+        assert 0 <= taken.result(10) - killed < 5
+    holder.join()
+
+
+@pytest.mark.parametrize("where", ["nowhere", "someone else's", "a link"])
+def test_without_a_folder_for_locks_it_works_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", sample_members(2))
+    locks = tmp_path / f"dstrain-locks-{os.getuid()}"
+    if where == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        locks.symlink_to(tmp_path / "elsewhere")
+    elif where == "someone else's":
+        locks.write_text("")
+    monkeypatch.setattr(shards.tempfile, "gettempdir", lambda: str(tmp_path / ("none" if where == "nowhere" else "")))
+    assert open_index(path).samples == 2
+    assert where != "a link" or not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to(
@@ -256,113 +464,32 @@ def test_a_folder_that_cannot_be_written_to(
     def read_only(path: Path, data: bytes) -> None:
         raise PermissionError(13, "Permission denied")
 
-    path = write_tar(tmp_path / "a.tar", sample_members(3))
+    paths = [write_tar(tmp_path / f"{n}.tar", sample_members(3, first=n)) for n in range(2)]
     monkeypatch.setattr(shards, "write_atomic", read_only)
-    assert len(open_dataset([str(path)], max_pixels=1024)) == 3
-    assert list(tmp_path.iterdir()) == [path]
+    assert [index.keys[0] for index in open_indexes(paths)] == ["0000", "0001"]
+    assert sorted(tmp_path.iterdir()) == paths
     assert "stays in memory (Permission denied)" in caplog.text
 
 
-# Datasets
-
-
-def test_rows_of_several_shards(tmp_path: Path) -> None:
-    dataset = mixed_dataset(tmp_path, shards=3, samples=7, max_pixels=2048)
-    assert list(dataset.keys) == [f"{row:04d}" for row in range(21)]
-    assert [dataset.shard(row).name[-5] for row in (0, 6, 7, 20)] == ["0", "0", "1", "2"]
-    for row in range(21):
-        data, caption = dataset.read(row)
-        image = decode(data, 2048)
-        assert caption.startswith(f"caption {row}") and len(caption) == dataset.caption_bytes[row]
-        assert (image.shape[2], image.shape[1]) == dataset.image_size(row)
-        assert dataset.image_tokens[row] == image.shape[1] * image.shape[2] // 256
-        assert dataset.tokens[row] == dataset.image_tokens[row] + len(caption) // 3 + 8
-    assert "21 samples in 3 shards" in dataset.summary()
-
-
-def test_pictures_too_narrow_for_the_limit_are_left_out(tmp_path: Path) -> None:
-    members = [
-        ("a.png", picture(320, 20)),
-        ("a.txt", b"x"),
-        ("b.png", picture(8, 300)),
-        ("b.txt", b"x"),
-        *sample_members(2),
-    ]
-    path = write_tar(tmp_path / "a.tar", members)
-    wide, tight = (open_dataset([str(path)], max_pixels=limit) for limit in (1 << 20, 1024))
-    assert list(wide.keys) == ["a", "0000", "0001"] and list(tight.keys) == ["0000", "0001"]
-    assert [(e.key, e.reason) for e in tight.excluded] == [("a", "image_too_small"), ("b", "image_too_small")]
-    assert tight.read(0)[1] == "caption 0" and tight.read(1)[1] == "caption 1"
-    assert "left out 2: image_too_small 2" in tight.summary()
-
-
-def test_the_digest_says_which_samples_these_are(tmp_path: Path) -> None:
-    def digest(folder: str, members: list[tuple[str, bytes]], name: str = "a.tar") -> str:
-        (tmp_path / folder).mkdir()
-        write_tar(tmp_path / folder / name, members)
-        return open_dataset([str(tmp_path / folder)], max_pixels=1024).digest
-
-    members = sample_members(4)
-    base = digest("0", members)
-    assert digest("1", members) == base  # another place, another time
-    others = [
-        digest("2", members, "b.tar"),
-        digest("3", members[:-2]),
-        digest("4", [*members[2:], *members[:2]]),
-        digest("5", [("0009" + name[4:], data) for name, data in members[:2]] + members[2:]),
-        digest("6", [(name, data.replace(b"caption 3", b"Caption 3")) for name, data in members]),
-        digest("7", [(name, picture(32, 32, 99) if name == "0003.png" else data) for name, data in members]),
-    ]
-    assert len({base, *others}) == 7
-
-
-def test_bit_rot_is_seen_at_the_read(tmp_path: Path) -> None:
-    dataset = mixed_dataset(tmp_path)
-    damage_row(dataset, 3)
-    with pytest.raises(BadSample, match="not those that were indexed") as error:
-        dataset.read(3)
-    assert error.value.reason is Reason.CHANGED
-    assert dataset.read(2)[1].startswith("caption 2") and dataset.read(4)[1].startswith("caption 4")
-
-
-def test_a_shard_that_shrinks_or_goes_is_seen_at_the_read(tmp_path: Path) -> None:
-    dataset = mixed_dataset(tmp_path)
-    with dataset.shard(0).open("r+b") as f:
-        f.truncate(3000)
-    with pytest.raises(BadSample):
-        dataset.read(9)
-    dataset.shard(0).unlink()
-    with pytest.raises(DataError, match=r"shard-000000.tar cannot be read any more: No such file"):
-        dataset.read(0)
-
-
-@pytest.mark.parametrize("how", ["truncate", "truncate_block", "flip", "zero", "noise", "duplicate", "delete"])
-def test_damage_never_makes_a_wrong_pair(tmp_path: Path, how: str) -> None:
-    """A damaged shard is an error or has only right pairs; one damaged after it was indexed gives only right bytes."""
-    members = [("pic-" + name, data) for name, data in sample_members(6)]
-    path = write_tar(tmp_path / "a.tar", members)
-    sound = path.read_bytes()
-    indexed = open_dataset([str(path)], max_pixels=1024)
-    pictures = [data for name, data in members if name.endswith(".png")]
-    captions = [data.decode() for name, data in members if name.endswith(".txt")]
-    rng = random.Random(how)
-    for _ in range(60):
-        path.write_bytes(mutate(sound, how, rng))
-        sidecar(path).unlink(missing_ok=True)
-        for row in range(6):
-            with suppress(DataError):
-                assert indexed.read(row) == (pictures[row], captions[row])
-        try:
-            fresh = open_dataset([str(path)], max_pixels=1024)
-        except DataError:
-            continue
-        for row in range(len(fresh)):
-            image, caption = fresh.read(row)
-            number = pictures.index(image)  # PNG has checksums: never other pixels
-            assert caption == captions[number] or (caption not in captions and how in ("flip", "noise", "zero"))
+def test_many_shards_are_indexed_by_processes_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "WORTH_BYTES", 0)
+    paths = [write_tar(tmp_path / f"{n}.tar", sample_members(2 + n % 3, first=n)) for n in range(7)]
+    open_index(paths[3])
+    indexes = open_indexes(paths, workers=2, progress=True)
+    assert [index.path for index in indexes] == paths
+    assert [index.keys[0] for index in indexes] == [f"{n:04d}" for n in range(7)]
+    paths[5].write_bytes(b"no tar")
+    with pytest.raises(DataError, match=r"5.tar is not a tar file"):
+        open_indexes(paths, workers=2, progress=False)
 
 
 # What a user names
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -370,13 +497,24 @@ def test_damage_never_makes_a_wrong_pair(tmp_path: Path, how: str) -> None:
     [
         ("missing.tar", r"no such shard: 'missing.tar' \(looked in"),
         ("missing/*.tar", r"no shard matches 'missing/\*.tar'"),
-        ("shard-{0..3}.tar", "braces are not expanded, write \\* instead"),
+        ("shard-{0..3}.tar", r"no such shard: 'shard-0.tar'"),
+        ("shard-{a,b}.tar", r"of braces only ranges such as \{000..012\} are expanded"),
+        ("shard-{3..0}.tar", "names 0 shards; a range is {first..last}"),
+        ("s3://b/{0..9999999}.tar", "names 10000000 shards"),
+        ("{0..9999}{0..9999}.tar", "names 100000000 shards"),
+        ("{0..99999999999999999999}.tar", "no such shard"),
         ("empty", "folder 'empty' has no .tar files; make shards with `dstrain pack SOURCE --out empty`"),
-        ("text.tar", "text.tar is not a tar file .*dstrain pack"),
-        ("no_pairs.tar", r"no sample can be used in 1 shards, the first being no_pairs.tar \(left out: no_caption 1\)"),
-        ("s3://bucket/a.tar", "is not a local path"),
-        ("http://host/a.tar", "is not a local path"),
-        ("pipe:touch canary", "is not a local path"),
+        ("loop.tar", "cannot be opened: Too many levels of symbolic links"),
+        ("gone.tar", "gone.tar cannot be opened: No such file"),
+        ("nul\0.tar", "no such shard"),
+        ("~nobody-is-called-this/a.tar", "no such shard"),
+        ("pipe:touch canary", "is not read: give a path, or an s3"),
+        ("PIPE:touch canary", "is not read"),
+        ("file:a.tar", "is not read"),
+        ("file:///etc/passwd", "is not read"),
+        ("ftp://host/a.tar", "is not read"),
+        ("ssh://host/a.tar", "is not read"),
+        ("simplecache::s3://b/a.tar", "'::'"),
     ],
 )
 def test_errors_name_the_entry_and_the_way_out(
@@ -384,39 +522,72 @@ def test_errors_name_the_entry_and_the_way_out(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text.tar").write_text("text")
-    write_tar(tmp_path / "no_pairs.tar", [("a.png", PNG)])
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    (tmp_path / "gone.tar").symlink_to("nowhere")
     with pytest.raises(DataError, match=message):
-        open_dataset([entry], max_pixels=1024)
+        find_shards([entry])
     assert not (tmp_path / "canary").exists()
 
 
-def test_nothing_named_and_no_room_for_a_token(tmp_path: Path) -> None:
+def test_nothing_named() -> None:
     with pytest.raises(DataError, match="no shards are named"):
-        open_dataset([], max_pixels=1024)
-    with pytest.raises(ConfigError, match="max_pixels = 255"):
-        open_dataset([str(tmp_path)], max_pixels=255)
+        find_shards([])
 
 
-def test_entries_expand_in_order_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("x/b.tar", "x/a.tar", "x/.hidden.tar", "y/z/c.tar", "y/d.tar", "x/a.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
+def test_entries_expand_in_order_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "x/b.tar", "x/a.tar", "x/.hidden.tar", "y/z/c.tar", "y/d.tar", "x/a.txt")
+    (tmp_path / "y/folder.tar").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert [str(p) for p in find_shards(["y/**/*.tar", "x", "x/[ab].tar", "y/d.tar"])] == [
-        "y/d.tar", "y/z/c.tar", "x/a.tar", "x/b.tar",
+    assert find_shards(["y/**/*.tar", "x"]) == ["y/d.tar", "y/z/c.tar", "x/a.tar", "x/b.tar"]
+    assert find_shards([f"{tmp_path}/*/?.tar"]) == [f"{tmp_path}/{name}" for name in ("x/a.tar", "x/b.tar", "y/d.tar")]
+    assert not caplog.text
+    (tmp_path / "link").symlink_to("x")
+    assert find_shards(["y/d.tar", "x", "./x/a.tar", "y/../x/b.tar", "link/a.tar", "x/[ab].tar"]) == [
+        "y/d.tar", "x/a.tar", "x/b.tar",
     ]  # fmt: skip
-    assert find_shards([f"{tmp_path}/*/?.tar"]) == [tmp_path / "x/a.tar", tmp_path / "x/b.tar", tmp_path / "y/d.tar"]
+    assert "5 of the 8 shards named are there already; each is used once" in caplog.text
 
 
-def test_members_that_other_readers_would_load_are_never_read(tmp_path: Path) -> None:
-    hostile = [
-        ("a.pyd", pickle.dumps(Payload())),
-        ("a.pth", pickle.dumps(Payload())),
-        ("a.npy", pickle.dumps(Payload())),
-    ]
-    path = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.txt", b"x"), *hostile, ("b.url", b"file:///etc/passwd")])
-    dataset = open_dataset([str(path)], max_pixels=1024)
-    assert dataset.read(0) == (PNG, "x")
-    assert list(dataset.keys) == ["a"]
-    assert not (Path.cwd() / "canary").exists()
+def test_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "a-08.tar", "a-09.tar", "a-10.tar", "b-9.tar", "b-10.tar", "c{x}1.tar", "d0-7.tar", "d1-7.tar")
+    assert find_shards(["a-{08..10}.tar"]) == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert find_shards(["b-{9..10}.tar"]) == ["b-9.tar", "b-10.tar"]
+    assert find_shards(["c{x}{1..1}.tar", "d{0..1}-{7..7}.tar"]) == ["c{x}1.tar", "d0-7.tar", "d1-7.tar"]
+    assert find_shards(["s3://b/{0..1}/{007..008}.tar"]) == [
+        f"s3://b/{a}/00{b}.tar" for a in (0, 1) for b in (7, 8)
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"no such shard: 'a-11.tar'"):
+        find_shards(["a-{08..11}.tar"])
+
+
+def test_a_name_with_magic_characters_that_is_there(tmp_path: Path) -> None:
+    touch(tmp_path, "a[1].tar", "a1.tar")
+    assert find_shards([f"{tmp_path}/a[1].tar"]) == [f"{tmp_path}/a[1].tar"]
+
+
+def test_pipes_are_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    for entry in (str(tmp_path), str(tmp_path / "a.tar"), f"{tmp_path}/*.tar"):
+        with pytest.raises(DataError, match=r"a.tar is not a file but a folder, a pipe or a device"):
+            open_indexes([Path(name) for name in find_shards([entry])])
+
+
+def test_urls_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: Callable[[str], list[str]] = lambda url: [f"{url}1.tar", f"{url}2.tar"] if url.endswith("/") else [url]  # noqa: E731
+    monkeypatch.setattr(shards, "list_remote", listed)
+    assert find_shards(["s3://b/{0..1}.tar", "hf://datasets/x/", "https://h/a.tar?sig=1"]) == [
+        "s3://b/0.tar", "s3://b/1.tar", "hf://datasets/x/1.tar", "hf://datasets/x/2.tar", "https://h/a.tar?sig=1",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"'s3://b/a.tar' is remote; run this where the shards lie"):
+        find_local(["s3://b/a.tar"])
+
+
+def test_home_is_that_of_the_user_and_nothing_else_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.tar")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_shards(["~/a.tar"]) == [f"{tmp_path}/a.tar"]
+    with pytest.raises(DataError, match="no such shard"):
+        find_shards(["$HOME/a.tar"])

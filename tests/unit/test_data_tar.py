@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import pickle
 import random
 import tarfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_samples import sample_members, write_tar
 
-from dstrain.data.tar import Kind, Member, members
+from dstrain.data.tar import Kind, Member, TarDamage, members, next_header, opened
 from dstrain.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -160,3 +161,60 @@ def test_structural_damage_is_never_silent(tmp_path: Path, how: str) -> None:
         except DataError:
             raised += 1
     assert raised >= (10 if how in ("flip", "zero", "noise") else 100)
+
+
+# Beyond the damage
+
+
+def test_damage_says_where_another_member_may_follow(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", sample_members(2))
+    data = bytearray(path.read_bytes())
+    data[1024 + 100] ^= 1  # the header of 0000.txt
+    path.write_bytes(data)
+    with opened(path) as fd:
+        with pytest.raises(TarDamage) as raised:
+            list(members(fd, path))
+        damage = pickle.loads(pickle.dumps(raised.value))  # as it comes back from a process
+        assert (damage.position, damage.what) == (1024, "the header's checksum is wrong")
+        assert str(damage) == str(raised.value)
+        assert next_header(fd, damage.resume) == 2048
+        assert [member.name for member in members(fd, path, 2048)] == ["0001.png", "0001.txt"]
+        assert next_header(fd, 4096) is None
+
+
+def test_headers_are_found_far_away_and_not_in_noise(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    noise = random.Random(0).randbytes((1 << 20) + 512 * 7)
+    path.write_bytes(header() + noise + b"0" * 2048 + b"\0" * 2048 + header())
+    with opened(path) as fd:
+        assert next_header(fd, 0) == 0
+        assert next_header(fd, 512) == 512 + len(noise) + 4096
+
+
+def test_a_second_archive_behind_the_first_is_named_by_its_first_block(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(header() + b"\0" * 2048 + header("b.png") + END)
+    with opened(path) as fd, pytest.raises(TarDamage, match="damaged at byte 2560: data follows") as raised:
+        list(members(fd, path))
+    assert raised.value.resume == raised.value.position == 2560
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "missing", "loop", "link to a pipe"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.tar"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind != "missing":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to("pipe") if kind.startswith("link") else (tmp_path / "pipe").rename(path)
+    message = "cannot be opened" if kind in ("missing", "loop") else "is not a file but a folder, a pipe or a device"
+    with pytest.raises(DataError, match=rf"a\.tar {message}"), opened(path):
+        pass
+
+
+def test_errors_of_the_disk_name_the_file(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [])
+    with pytest.raises(DataError, match=r"a.tar cannot be read: Input/output error"), opened(path):
+        raise OSError(5, os.strerror(5))

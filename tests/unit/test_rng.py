@@ -106,25 +106,27 @@ def test_a_seed_outside_64_bits_is_refused(seed):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 1000, 1001])
 def test_shuffled_is_a_permutation(n):
-    order = shuffled(3, 0, n)
+    order = shuffled(3, n)
     assert order.dtype == np.int64
     assert np.array_equal(np.sort(order), np.arange(n))
 
 
-def test_shuffled_depends_on_seed_and_epoch_alone():
-    assert np.array_equal(shuffled(3, 4, 1000), shuffled(3, 4, 1000))
-    for other in (shuffled(4, 4, 1000), shuffled(3, 5, 1000), np.arange(1000)):
-        assert (shuffled(3, 4, 1000) == other).sum() < 10
+def test_shuffled_depends_on_seed_purpose_and_stream_alone():
+    order = shuffled(3, 1000, Purpose.ORDER, (4, 0))
+    assert np.array_equal(order, shuffled(3, 1000, Purpose.ORDER, (4, 0)))
+    others = [(4, Purpose.ORDER, (4, 0)), (3, Purpose.SOURCE, (4, 0)), (3, Purpose.ORDER, (0, 4))]
+    for other in (*(shuffled(seed, 1000, *rest) for seed, *rest in others), np.arange(1000)):
+        assert (order == other).sum() < 10
 
 
 def test_shuffled_in_chunks_is_the_same(monkeypatch):
-    whole = shuffled(1, 2, 5001)
+    whole = shuffled(1, 5001)
     monkeypatch.setattr("dstrain.rng.SHUFFLE_CHUNK", 7)
-    assert np.array_equal(shuffled(1, 2, 5001), whole)
+    assert np.array_equal(shuffled(1, 5001), whole)
 
 
 def test_shuffled_puts_every_item_everywhere():
-    places = np.stack([np.argsort(shuffled(0, epoch, 8)) for epoch in range(4000)])  # [4000, 8]
+    places = np.stack([np.argsort(shuffled(0, 8, Purpose.ORDER, (0, epoch))) for epoch in range(4000)])  # [4000, 8]
     counts = np.stack([np.bincount(places[:, item], minlength=8) for item in range(8)])
     assert ((counts - 500) ** 2 / 500).sum() < 85.4  # chi-squared, 49 degrees of freedom: one time in a thousand
 

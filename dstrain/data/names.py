@@ -1,0 +1,59 @@
+"""What the name of a member says: the sample that it belongs to, its column there, and how it is read.
+
+As in WebDataset, the key is the path up to the first dot of its last part and the extension is the rest. Names are
+labels: nothing is opened by them, and neither `~`, `$HOME` nor braces in them mean anything.
+"""
+
+from enum import IntEnum
+from functools import lru_cache
+
+IMAGE_KINDS = ("png", "jpg", "jpeg", "webp")
+VIDEO_KINDS = ("mp4", "m4v", "mov", "webm", "mkv")
+UNREAD_IMAGE_KINDS = frozenset("gif tif tiff bmp avif heic heif jp2 jxl svg psd ppm".split())
+UNREAD_VIDEO_KINDS = frozenset("avi mpg mpeg wmv flv ogv 3gp".split())
+
+
+class Content(IntEnum):
+    """How a member is read; the number is what an index stores."""
+
+    OPAQUE = 0  # bytes that are never looked into
+    IMAGE = 1
+    VIDEO = 2
+    TXT = 3  # one caption
+    JSON = 4  # an object with captions, perhaps
+
+
+CAPTIONS = (Content.TXT, Content.JSON)  # in order of preference
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """Return (key, lower-cased extension) of a member; None if it belongs to no sample.
+
+    Those are what WebDataset passes over too: names that start with "__" or have no extension; and hidden files in any
+    folder, such as macOS leaves in archives, which WebDataset takes for samples of their own.
+    """
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    if not stem or not extension or name.startswith("__"):
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+@lru_cache(maxsize=1024)
+def column_of(extension: str) -> tuple[str, Content]:
+    """Return the column of a member with this extension, and how it is read.
+
+    "png" is column "image", "mp4" column "video", "edit_image.0.png" column "edit_image.0"; what is neither picture,
+    video, "txt" nor "json" is opaque, in a column named like the extension.
+    """
+    name, _, last = extension.rpartition(".")
+    if last in IMAGE_KINDS:
+        return name or "image", Content.IMAGE
+    if last in VIDEO_KINDS:
+        return name or "video", Content.VIDEO
+    return extension, {"txt": Content.TXT, "json": Content.JSON}.get(extension, Content.OPAQUE)
+
+
+def is_safe(name: str) -> bool:
+    """Whether a member's name stays inside the folder that a careless program would unpack it to."""
+    return not name.startswith("/") and ".." not in name.split("/")
