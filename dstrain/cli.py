@@ -12,7 +12,7 @@ from importlib import import_module
 from dstrain import __version__
 from dstrain.errors import DstrainError
 
-COMMANDS = ("pack", "index", "verify", "init", "sample", "report")
+COMMANDS = ("pack", "index", "verify", "preview", "init", "sample", "report")
 ABOUT = "Prepare data and models for dstrain, paint pictures, and look at runs. Training: launch/train.py."
 
 

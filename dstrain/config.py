@@ -58,7 +58,8 @@ class DataConfig:
 
     shards: list[str] = knob([], "tar shards: files, folders, globs, ranges {000..012}, or URLs (s3, gs, hf, https)")
     sources: dict[str, SourceConfig] = knob(
-        {}, "instead of shards: several sources by name, each {shards: [...], repeat: 1.0} or {shards: [...], weight: 0.3}"
+        {},
+        "instead of shards: several sources by name, each {shards: [...], repeat: 1.0} or {shards: [...], weight: 0.3}",
     )
     max_pixels: int = knob(1024 * 1024, "larger pictures are scaled down to this area, aspect kept", low=256)
     min_pixels: int = knob(256, "smaller pictures are left out, or enlarged to this area with upscale", low=256)
@@ -70,7 +71,8 @@ class DataConfig:
     flip: float = knob(0.0, "share of the samples that are mirrored", low=0, high=1)
     background: str = knob("white", "colour under transparent pictures: white, black, grey or #rrggbb")
     caption: Literal["first", "random"] = knob("first", "of several captions in a JSON: the first, or any")
-    shuffle_tags: bool = knob(False, "shuffle the comma-separated tags of a caption")
+    shuffle_tags: bool = knob(False, "shuffle the tags of a caption")
+    tag_separator: str = knob(",", "what stands between tags (shuffle_tags)")
     keep_tags: int = knob(0, "tags at the front that stay there (shuffle_tags)", low=0)
     caption_dropout: float = knob(0.1, "share of captions replaced by '' so that guidance works", low=0, high=1)
     frames: int = knob(1, "most frames of a video, 4 k + 1", low=1)

@@ -58,8 +58,11 @@ class Trainer:
         self.engine = build_engine(self._make, self._fill(), job.ds_config, world.device)
         self.objective = make_objective(recipe)
         data = recipe.data
-        operators = Operators(data.crop, data.flip, data.caption, data.shuffle_tags, data.keep_tags)
-        varying = [*(job.dataset.wanted.columns if operators.varies_image else ()), *(["prompt"] * operators.varies_caption)]
+        operators = Operators(data.crop, data.flip, data.caption, data.shuffle_tags, data.keep_tags, data.tag_separator)
+        varying = [
+            *(job.dataset.wanted.columns if operators.varies_image else ()),
+            *(["prompt"] * operators.varies_caption),
+        ]
         self.cache = EncodedCache(self.pipeline, data.encoded_cache_mb << 20, varying)
         self.throughput = Throughput.of(world.device, world.size)
         self.loader = Loader(

@@ -36,6 +36,7 @@ def bars(axes: Axes, rows: dict[str, Any], title: str) -> None:
     labels = {name: name.replace(", dstrain", ", our decode") for name in names}
     labels |= {"dstrain, dstrain": "dstrain", "bare, dstrain": "bare loop"}
     axes.set_yticks(range(len(names)), [labels[name] for name in names], fontsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlim(0, max(row["max"] for row in rows.values()) * 1.18)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("samples a second", fontsize=8)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _TOUCH_S = 60.0  # the use of a file is noted no more often
 _GRACE_S = 1.0  # a file that has just come stays for so long, so that who brought it can open it
 _POLL_S = 0.05
-_ROOM = "room"  # the lock of who makes room; longer names than this are files'
+_QUEUE, _ROOM = "queue", "room"  # locks: of the next one to get room, and of who counts or renames
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,26 @@ class BoundedFolder:
         part = self.folder / f".{name}.part"
         try:
             part.unlink(missing_ok=True)  # of a process that was killed
-            with self.alone(_ROOM):
-                self._make_room(size, what)
-                with part.open("xb") as file:
-                    if size:
-                        os.posix_fallocate(file.fileno(), 0, size)
+            with self.alone(_QUEUE):  # so that no later one takes the room that this one waits for
+                waits = False
+                while not self._reserve(part, size, what):
+                    if not waits:
+                        log.info("%s is full of shards that are just being fetched; waiting", self.folder)
+                    waits = True
+                    time.sleep(_POLL_S)
             yield part
         finally:
             part.unlink(missing_ok=True)
 
-    def _make_room(self, size: int, what: str) -> None:
-        """Evict files until `size` more bytes fit in, or wait for parts to be done that can then be evicted.
+    def publish(self, part: Path, path: Path) -> None:
+        """Rename a part that is whole; the file is the last to go."""
+        with self.alone(_ROOM):  # who counts would miss it between its two names
+            os.utime(part)
+            part.replace(path)
 
-        Who waits holds the lock, so that no later one takes the room it waits for.
-        """
-        waits = False
-        while True:
+    def _reserve(self, part: Path, size: int, what: str) -> bool:
+        """Make the part, evicting as many files as must go; False if the room is taken by parts, or by newcomers."""
+        with self.alone(_ROOM):
             files, coming = self._contents()
             here = coming + sum(bytes_ for _, bytes_, _ in files)
             free = shutil.disk_usage(self.folder).free
@@ -88,19 +92,17 @@ class BoundedFolder:
                     "or set data.cache_dir to a folder on a larger disk of this node"
                 )
             excess = max(here + size - self.limit, size - free)
-            if excess <= 0:
-                return
-            old = sorted(file for file in files if abs(time.time() - file[0]) > _GRACE_S)
-            for _, bytes_, path in old:
-                path.unlink(missing_ok=True)
-                excess -= bytes_
+            for _, bytes_, path in sorted(file for file in files if abs(time.time() - file[0]) > _GRACE_S):
                 if excess <= 0:
                     break
-            if not old:
-                if not waits:
-                    log.info("%s is full of shards that are just being fetched; waiting", self.folder)
-                waits = True
-                time.sleep(_POLL_S)
+                path.unlink(missing_ok=True)
+                excess -= bytes_
+            if excess > 0 or shutil.disk_usage(self.folder).free < size:  # a file that is still open keeps its bytes
+                return False
+            with part.open("xb") as file:
+                if size:
+                    os.posix_fallocate(file.fileno(), 0, size)
+            return True
 
     def _contents(self) -> tuple[list[tuple[float, int, Path]], int]:
         """List the files (time of last use, bytes, path) and sum up the parts; those of the dead are removed."""
@@ -117,12 +119,6 @@ class BoundedFolder:
             else:
                 path.unlink(missing_ok=True)
         return files, coming
-
-
-def publish(part: Path, path: Path) -> None:
-    """Rename a part that is whole, as used just now."""
-    os.utime(part)
-    part.replace(path)
 
 
 def _is_held(lock: Path) -> bool:

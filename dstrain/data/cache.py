@@ -22,7 +22,7 @@ from pathlib import Path
 
 import xxhash
 
-from dstrain.data.bounded import BoundedFolder, publish
+from dstrain.data.bounded import BoundedFolder
 from dstrain.data.index import SIDECAR, ShardIndex, dump, load
 from dstrain.data.remote import Unreachable, chunks, masked, read_start, retried, size_of
 from dstrain.data.scan import scan
@@ -82,7 +82,7 @@ class Cache:
                     digest = _download(url, part, index.size, index.digest)
                     if digest != index.digest:
                         raise self._mismatch(index, url, part, digest)
-                    publish(part, index.path)
+                    self._shards.publish(part, index.path)
         return index.path
 
     def _load(self, url: str, suffix: str) -> ShardIndex | None:
@@ -133,7 +133,7 @@ class Cache:
             raise DataError(str(error).replace(str(part), masked(url))) from None
         path, sidecar = self._place(url, index), self._indexes / (_name(url) + _HERE)
         write_atomic(sidecar, dump(index))
-        publish(part, path)
+        self._shards.publish(part, path)
         return load(sidecar, path) or replace(index, path=path)
 
     def _mismatch(self, index: ShardIndex, url: str, part: Path, digest: str) -> DataError:

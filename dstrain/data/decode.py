@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dstrain.data.probe import Header, probe
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.resolution import MULTIPLE as MULTIPLE
-from dstrain.data.resolution import Fit
+from dstrain.data.resolution import MULTIPLE, Fit
 
 RGB = tuple[int, int, int]
 WHITE: RGB = (255, 255, 255)
@@ -70,7 +69,9 @@ def decode(
     """
     header = probe(data)
     pixels = _load(data, header, background)
-    return dense(shape(pixels, size, fit, place, UPRIGHT.get(header.orientation), flip))
+    planes = shape(pixels, size, fit, place, UPRIGHT.get(header.orientation), flip)
+    # a copy, lest it keep the whole picture; mirrored, the order of memory makes it slow
+    return torch.from_numpy(planes.copy(order="C" if min(planes.strides) < 0 else "K"))
 
 
 def shape(
@@ -88,11 +89,6 @@ def shape(
         planes = _cover(planes, *size, place, turn)
     planes = _cut(planes, *size, place)
     return planes[:, :, ::-1] if flip else planes
-
-
-def dense(planes: np.ndarray) -> Tensor:
-    """Copy uint8 [3, H, W] to memory of its own, in the order that is faster."""
-    return torch.from_numpy(planes.copy(order="C" if min(planes.strides) < 0 else "K"))
 
 
 def load_rgb(data: bytes, header: Header, background: RGB = WHITE) -> Image.Image:

@@ -77,7 +77,14 @@ class KeyLog:
         """Return all keys in the order of their coming."""
         return KeyTable(bytes(self._blob), np.array(self._ends, np.int64))
 
-    def repeated(self) -> np.ndarray:
-        """Tell which were met more than once (or have the hash of another, which is as good as never): bool [n]."""
+    def repeated(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tell which were met more than once, and which were not but lie beside one that was: bool [n] each.
+
+        Keys with one hash pass for the same, which is as good as never.
+        """
         _, numbers, counts = np.unique(np.array(self._hashes, np.uint64), return_inverse=True, return_counts=True)
-        return counts[numbers] > 1
+        again = counts[numbers] > 1
+        beside = np.zeros_like(again)
+        beside[1:] |= again[:-1]
+        beside[:-1] |= again[1:]
+        return again, beside & ~again

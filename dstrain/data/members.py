@@ -1,7 +1,7 @@
 """From what an item holds to the members of a sample: proved good, re-encoded if asked, and named."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dstrain.data.decode import load_rgb
@@ -81,7 +81,7 @@ def _container(data: bytes) -> str:
     return "mp4" if data[4:8] == b"ftyp" and data[8:12] != b"qt  " else "mov"
 
 
-def _key(number: int, label: str, members: Sequence[str] | Mapping[str, bytes]) -> str:
+def _key(number: int, label: str, members: Mapping[str, bytes]) -> str:
     """Name a sample so that keys are apart and in order, and every member's name fits a plain tar header."""
     start = f"{number:08d}"
     room = MAX_NAME - len(start) - len("-.") - max(len(extension.encode()) for extension in members)

@@ -133,7 +133,7 @@ def _samples(
 ) -> Generator[Packed | Refused, None, None]:
     """Make the samples from item `first` on, in order, by threads (decoders release the interpreter's lock).
 
-    A bounded number of items and bytes is in flight.
+    At most four items a worker are in flight, and (but for one item that is larger) 256 MiB of files.
     """
     pending: deque[tuple[Future[Packed | Refused], int]] = deque()  # and the bytes expected
     pool = ThreadPoolExecutor(workers)

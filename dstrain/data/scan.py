@@ -30,6 +30,7 @@ from dstrain.errors import DataError
 log = logging.getLogger(__name__)
 
 AGAIN = "the key comes again after another one; the members of a sample must lie together"
+BESIDE = "it lies beside a key that comes again, so that the names of their members may have been exchanged"
 _ROW = struct.Struct("<IIii")
 _PART = struct.Struct("<qqQiiifHHI")
 _CHUNK = 1 << 22  # bytes read at once of what may be larger than memory
@@ -237,12 +238,14 @@ class _Table:
         """Return what was read as an index."""
         keys, places = self._keys.table(), np.array(self._places, np.int64)
         rows, parts = np.frombuffer(self._rows, ROW), np.frombuffer(self._parts, PART)
-        again = self._keys.repeated()[places]
-        if again.any():
-            names = dict.fromkeys(keys[place] for place in places[again].tolist())
-            self._excluded += [(name, Reason.AMBIGUOUS, AGAIN) for name in names]
-            parts = parts[~np.repeat(again, rows["count"])]
-            places, rows = places[~again], rows[~again]
+        again, beside = (mask[places] for mask in self._keys.repeated())
+        doubtful = again | beside
+        if doubtful.any():
+            for mask, why in ((again, AGAIN), (beside, BESIDE)):
+                names = dict.fromkeys(keys[place] for place in places[mask].tolist())
+                self._excluded += [(name, Reason.AMBIGUOUS, why) for name in names]
+            parts = parts[~np.repeat(doubtful, rows["count"])]
+            places, rows = places[~doubtful], rows[~doubtful]
             first = np.cumsum(rows["count"], dtype=np.int64) - rows["count"]
             rows["caption"] = np.where(rows["caption"] < 0, -1, rows["caption"] - rows["first"] + first)
             rows["first"] = first

@@ -112,6 +112,8 @@ def find_shards(entries: Sequence[str]) -> list[str]:
     found: dict[str, str] = {}  # what it really is -> as it is named
     named = 0
     for entry in entries:
+        if not entry:
+            raise DataError("an entry of the shards is empty; give a path, or . for the current folder")
         for name in _ranges(entry):
             for shard in list_remote(name) if _is_remote(name) else _local(name):
                 named += 1

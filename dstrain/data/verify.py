@@ -15,7 +15,7 @@ from dstrain.data.names import Content, split
 from dstrain.data.probe import probe
 from dstrain.data.processes import each
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.scan import AGAIN, Part, caption_bytes, member_digest, read_part, shard_digest
+from dstrain.data.scan import AGAIN, BESIDE, Part, caption_bytes, member_digest, read_part, shard_digest
 from dstrain.data.shards import sidecar_of
 from dstrain.data.tar import Kind, Member, TarDamage, members, next_header, opened
 from dstrain.errors import DataError
@@ -198,8 +198,9 @@ class _Check:
 
     def _repeats(self) -> None:
         keys = self._keys.table()
-        for place in np.flatnonzero(self._keys.repeated()).tolist():
-            self.report(self._firsts[place], keys[place], Reason.AMBIGUOUS, AGAIN)
+        again, beside = self._keys.repeated()
+        for place in np.flatnonzero(again | beside).tolist():
+            self.report(self._firsts[place], keys[place], Reason.AMBIGUOUS, AGAIN if again[place] else BESIDE)
 
     def _lost(self) -> None:
         if self._index is None or self._met.all():

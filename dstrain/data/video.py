@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstrain.data.containers import MAX_VIDEO_BYTES as MAX_VIDEO_BYTES
 from dstrain.data.containers import MAX_VIDEO_FRAMES, checked
-from dstrain.data.decode import CENTRE, EXCHANGED, Place, dense, shape
+from dstrain.data.decode import CENTRE, EXCHANGED, Place, shape
 from dstrain.data.reasons import BadSample, Reason
 from dstrain.data.resolution import Fit
 from dstrain.data.timing import Timing, available_frames
@@ -95,15 +95,15 @@ def decode_video(
         raise BadSample(Reason.VIDEO_TOO_LARGE, f"a clip of {count} x {size[0]} x {size[1]} pixels; give fewer frames")
     first = min(int(start * (available - count + 1)), available - count)
     times = timing.nearest(range(first, first + count), fps)
-    out = torch.empty(count, 3, size[1], size[0], dtype=torch.uint8)
+    out = np.empty((count, 3, size[1], size[0]), np.uint8)
     # What follows a key frame in both orders needs nothing before it, or no more than what its neighbours refer to.
     keys = [number for number, packet in enumerate(packets) if packet.key and packet.time <= times[0]]
     for begin in dict.fromkeys([*keys[:-3:-1], 0]):
         sure = packets[keys[-1] if begin else 0].time
         with contextlib.suppress(BadSample) if begin else contextlib.nullcontext():
             for number, pixels, turn in _decoded(data, begin, sure, times):
-                out[number] = dense(shape(pixels, size, fit, place, turn, flip))
-            return out
+                out[number] = shape(pixels, size, fit, place, turn, flip)
+            return torch.from_numpy(out)
     raise AssertionError("the last attempt returns or raises")
 
 

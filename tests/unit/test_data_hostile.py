@@ -229,8 +229,11 @@ def test_damage_is_never_silent_and_never_makes_a_wrong_pair(
         refused += index is None
         for row, key in enumerate(index.keys if index is not None else ()):
             members = read(index, mutant, row)
-            png, txt = shard.pairs[key]  # no key is invented
-            assert members.get(Content.IMAGE, png) == png, "PNG has checksums"
+            if key not in shard.pairs:  # long names have no checksum; one that is spoilt leaves its member alone
+                assert len(members) == 1
+                continue
+            png, txt = shard.pairs[key]
+            assert members.get(Content.IMAGE, png).startswith(png), "PNG has checksums, up to its end"
             caption = captions_of(members[Content.TXT], "txt") if Content.TXT in members else [txt]
             # text has no checksum of its own: other bytes are seen by the index from before
             assert caption == [txt] or (key, Content.TXT) in changed
@@ -270,8 +273,8 @@ def header(name: str = "a.png", size: int = 0, kind: bytes = b"0") -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def sized(field: bytes) -> bytes:
-    return resealed(replaced(header(), 124, field.ljust(12, b"\0")))
+def sized(field: bytes, kind: bytes = b"0") -> bytes:
+    return resealed(replaced(header(kind=kind), 124, field.ljust(12, b"\0")))
 
 
 END = b"\0" * 1024
@@ -321,10 +324,9 @@ def test_odd_files_are_an_error_or_have_no_rows(tmp_path: Path, content: bytes) 
 
 def test_claims_of_size_take_no_memory(tmp_path: Path) -> None:
     contents = [
-        sized(b"\x80\0\0\0\0\0\0\2\0\0\0\0") + END,
         header(kind=b"x", size=28) + PAX_SIZE.ljust(BLOCK, b"\0") + header() + END,
-        header(kind=b"x", size=1 << 33) + END,
-        header(kind=b"L", size=1 << 33) + END,
+        sized(b"\x80\0\0\0\0\0\0\1\0\0\0\0", b"x") + END,
+        sized(b"\x80\0\0\0\0\0\0\1\0\0\0\0", b"L") + END,
     ]
     for number, content in enumerate(contents):
         with (tmp_path / f"{number}.tar").open("wb") as file:
@@ -340,7 +342,7 @@ def test_claims_of_size_take_no_memory(tmp_path: Path) -> None:
         "    except DataError: pass\n"
         "print(rss() - before < 16)"
     )
-    paths = [str(tmp_path / f"{number}.tar") for number in range(len(contents))][1:]
+    paths = [str(tmp_path / f"{number}.tar") for number in range(len(contents))]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("True\n", 0)
 
@@ -445,10 +447,11 @@ def test_payloads_in_the_guise_of_pictures_and_captions(canary: Path) -> None:
 
 
 NAMES = [
-    "../secret.txt", "../../etc/passwd.txt", "/etc/passwd.txt", "x/../../y.txt", "..", "/.txt", "//x.txt", "x/..txt/../z.txt",
-    "~/.ssh/id.txt", "$HOME/a.txt", "${SECRET}.txt", "{a,b}.txt", "{0..9}.txt", "`touch canary`.txt", "$(touch canary).txt",
-    "pipe:touch canary.txt", "file:///etc/passwd.txt", "http://127.0.0.1/a.txt", "https://h/x.png", "s3://b/k.txt",
-    "C:\\windows\\a.txt", "..\\..\\a.txt", "a\nb.txt", "a\x1b[31m.txt", "con.txt", "-rf.txt", "%s%n.txt", "{0.__class__}.txt",
+    "../secret.txt", "../../etc/passwd.txt", "/etc/passwd.txt", "x/../../y.txt", "..", "/.txt", "//x.txt",
+    "x/..txt/../z.txt", "~/.ssh/id.txt", "$HOME/a.txt", "${SECRET}.txt", "{a,b}.txt", "{0..9}.txt",
+    "`touch canary`.txt", "$(touch canary).txt", "pipe:touch canary.txt", "file:///etc/passwd.txt", "http://127.0.0.1/a.txt",
+    "https://h/x.png", "s3://b/k.txt", "C:\\windows\\a.txt", "..\\..\\a.txt", "a\nb.txt", "a\x1b[31m.txt", "con.txt",
+    "-rf.txt", "%s%n.txt", "{0.__class__}.txt",
 ]  # fmt: skip
 
 
@@ -461,8 +464,7 @@ def test_names_are_labels(canary: Path) -> None:
     assert set(data) == {b"text", *(content for _, content in sample_members(1))} and captions == ["caption 0"]
     unsafe = [entry.key for entry in index.excluded if entry.reason is Reason.UNSAFE_NAME]
     assert unsafe == ["../secret", "../../etc/passwd", "/etc/passwd", "x/../../y", "//x", "x/..txt/../z"]
-    assert {"~/", "$HOME/a", "{a,b}", "pipe:touch canary", "http://127"} <= {*index.keys, "~/"}
-    assert not any("secret" in key and "$" not in key for key in index.keys)
+    assert {"$HOME/a", "${SECRET}", "{a,b}", "pipe:touch canary", "http://127.0.0.1/a", "~/.ssh/id"} <= {*index.keys}
     after = snapshot(canary.parent)
     assert sorted(after.keys() - before.keys()) == [canary.parent / "run/a.tar", canary.parent / "run/a.tar.index"]
     assert all(after[path] == content for path, content in before.items())
@@ -516,8 +518,8 @@ def test_captions_are_text_whatever_they_say(canary: Path) -> None:
 ENTRIES = [
     "pipe:touch {canary}", "pipe:cat a.tar", "PIPE:touch {canary}", "file:a.tar", "file:///etc/passwd", "ftp://127.0.0.1/a.tar",
     "data:text/plain,x", "exec://touch {canary}", "gopher://127.0.0.1/", "simplecache::file://a.tar", "ssh://127.0.0.1/a.tar",
-    "$(touch {canary}).tar", "`touch {canary}`.tar", "a.tar; touch {canary}", "| touch {canary}", "$HOME/a.tar", "-", "",
-    "/dev/zero", "/dev/stdin", "/proc/self/mem", "{{a,b}}.tar", "a.tar\0.txt",
+    "$(touch {canary}).tar", "`touch {canary}`.tar", "a.tar; touch {canary}", "| touch {canary}", "$HOME/a.tar", "-",
+    "", "/dev/zero", "/dev/stdin", "/proc/self/mem", "{{a,b}}.tar", "a.tar\0.txt",
 ]  # fmt: skip
 
 

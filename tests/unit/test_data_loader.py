@@ -223,6 +223,16 @@ def test_a_damaged_index_is_an_error_that_is_handed_over(tmp_path: Path) -> None
     loader.close()
 
 
+@pytest.mark.gpu
+def test_pinned_pictures_are_copied_without_waiting(dataset: Dataset) -> None:
+    loader = Loader(dataset, make_plan(dataset), 0, workers=2, pin=True)
+    for pack in loader.step(0):
+        for sample in pack.samples:
+            assert sample.image.is_pinned()
+            assert torch.equal(sample.image.to("cuda", non_blocking=True).cpu(), sample.image)
+    loader.close()
+
+
 def test_several_pictures_a_sample(tmp_path: Path) -> None:
     members = []
     for number in range(6):

@@ -27,7 +27,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from dstrain.data import bounded, remote
-from dstrain.data.bounded import BoundedFolder, publish
+from dstrain.data.bounded import BoundedFolder
 from dstrain.data.cache import Cache
 from dstrain.data.remote import is_remote, list_remote, masked, retried
 from dstrain.data.shards import SIDECAR, open_index
@@ -647,7 +647,7 @@ def test_no_more_go_than_must(tmp_path):
     with folder.alone("new"), folder.part("new", 35, "it") as part:
         assert sorted(path.name for path in folder.folder.iterdir() if path != part) == list("abdfhi")
         os.utime(part, (1, 1))
-        publish(part, folder.folder / "new")
+        folder.publish(part, folder.folder / "new")
     assert time.time() - (folder.folder / "new").stat().st_mtime < 10  # not the next to go
 
 
@@ -743,6 +743,20 @@ def test_parts_of_the_dead_go_and_those_of_the_living_count(tmp_path):
     assert [path.name for path in folder.folder.iterdir()] == [".living.part"]
 
 
+def test_nothing_is_renamed_while_someone_counts(tmp_path):
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "shards").mkdir()
+    folder = BoundedFolder(tmp_path / "shards", tmp_path / "locks", 100)
+    with folder.alone("x"), folder.part("x", 60, "it") as part:
+        rename = threading.Thread(target=folder.publish, args=(part, folder.folder / "x"))
+        with folder.alone("room"):
+            rename.start()
+            rename.join(0.1)
+            assert part.exists()
+        rename.join(10)
+        assert (folder.folder / "x").exists()
+
+
 # Several processes
 
 
@@ -813,14 +827,6 @@ def test_a_killed_download_harms_nobody(web, tmp_path):
     assert process.exitcode == -signal.SIGKILL and not parts(tmp_path / "cache")
 
 
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
-
-
 @pytest.mark.parametrize("room", [1, 3])
 def test_the_limit_holds_while_processes_fetch(web, tmp_path, room):
     urls = serve(web, tmp_path / "src", 6)
@@ -832,7 +838,8 @@ def test_the_limit_holds_while_processes_fetch(web, tmp_path, room):
 
     def sample() -> None:
         while not stop.wait(0.001):
-            sizes.append(_size(tmp_path / "cache" / "shards"))
+            with locked(tmp_path / "cache" / "locks" / "room"):  # else what is renamed could be counted twice
+                sizes.append(sum(path.stat().st_size for path in (tmp_path / "cache" / "shards").iterdir()))
 
     sampler = threading.Thread(target=sample)
     sampler.start()

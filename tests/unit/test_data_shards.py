@@ -23,6 +23,7 @@ from dstrain.data.index import ShardIndex
 from dstrain.data.names import Content, column_of, split
 from dstrain.data.probe import MAX_IMAGE_BYTES
 from dstrain.data.reasons import Reason, ranked
+from dstrain.data.scan import AGAIN, BESIDE
 from dstrain.data.shards import find_local, find_shards, open_index, open_indexes, sidecar_of
 from dstrain.errors import DataError
 from dstrain.storage import locked
@@ -185,37 +186,52 @@ def test_what_webdataset_passes_over_is_in_nobodys_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "rows", "again"),
+    ("names", "rows", "again", "beside"),
     [
-        (["a.png", "b.png", "a.txt"], ["b"], ["a"]),
-        (["a.png", "b.png", "a.txt", "b.txt"], [], ["a", "b"]),
-        (["a.png", "a.txt", "b.png", "b.txt", "a.cls", "c.png"], ["b", "c"], ["a"]),
-        (["c.png", "x/a.png", "y/a.png", "a.png", "c.txt"], ["x/a", "y/a", "a"], ["c"]),
-        (["a.png", "A.png", "a.b.png", "b.a.png"], ["A", "b"], ["a"]),
+        (["a.png", "b.png", "a.txt"], [], ["a"], ["b"]),
+        (["a.png", "b.png", "a.txt", "b.txt"], [], ["a", "b"], []),
+        (["a.png", "a.txt", "b.png", "b.txt", "a.cls", "c.png", "d.png"], ["d"], ["a"], ["b", "c"]),
+        (["c.png", "x/a.png", "y/a.png", "a.png", "c.txt"], ["y/a"], ["c"], ["x/a", "a"]),
+        (["b.png", "A.png", "a.png", "a.b.png", "c.png", "a.txt"], ["b"], ["a"], ["A", "c"]),
     ],
 )
 def test_a_key_that_comes_again_is_never_merged(
-    tmp_path: Path, names: list[str], rows: list[str], again: list[str]
+    tmp_path: Path, names: list[str], rows: list[str], again: list[str], beside: list[str]
 ) -> None:
+    """Nor is what lies beside it believed: two headers that were exchanged make a wrong pair between two halves."""
     index = open_index(write_tar(tmp_path / "a.tar", [(n, PNG if n.endswith("g") else b"x") for n in names]))
-    assert list(index.keys) == rows and len(columns(index)) == len(rows)
-    assert [(entry.key, entry.reason) for entry in index.excluded] == [(key, Reason.AMBIGUOUS) for key in again]
+    left = [(key, AGAIN) for key in again] + [(key, BESIDE) for key in beside]
+    assert [(entry.key, entry.detail) for entry in index.excluded] == left
+    assert list(index.keys) == rows and index.excluded_counts == {Reason.AMBIGUOUS: len(left)}
     with tarfile.open(index.path) as tar:
         offsets = [m.offset_data for m in tar if split(m.name)[0] in rows]
-    assert index.parts["offset"].tolist() == offsets
+    assert index.parts["offset"].tolist() == offsets and len(columns(index)) == len(rows)
+
+
+def test_exchanged_headers_make_no_wrong_pair(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", sample_members(7))
+    with tarfile.open(path) as tar:
+        at = {member.name: member.offset for member in tar}
+    data = bytearray(path.read_bytes())
+    a, b = (slice(at[name], at[name] + 512) for name in ("0002.txt", "0003.txt"))
+    data[a], data[b] = data[b], data[a]
+    path.write_bytes(data)
+    assert left_out(path) == dict.fromkeys(["0001", "0002", "0003", "0004"], Reason.AMBIGUOUS)
+    assert list(open_index(path).keys) == ["0000", "0005", "0006"]
 
 
 def test_a_damaged_sample_that_comes_again(tmp_path: Path) -> None:
-    members = [("a.png", b"damaged"), ("b.png", PNG), ("b.txt", b"x"), ("a.png", PNG), ("a.txt", b"x")]
+    members = [("a.png", b"damaged"), ("x.txt", b""), ("b.png", PNG), ("b.txt", b"x"), ("y.txt", b"")]
+    members += [("a.png", PNG), ("a.txt", b"x")]
     index = open_index(write_tar(tmp_path / "a.tar", members))
     assert list(index.keys) == ["b"] and index.rows["caption"].tolist() == [1]
-    assert ranked(e.reason for e in index.excluded) == "ambiguous 1, image_format 1"
+    assert ranked(e.reason for e in index.excluded) == "empty_caption 2, ambiguous 1, image_format 1"
 
 
 def test_columns_of_left_out_samples_are_not_columns(tmp_path: Path) -> None:
-    members = [("a.x", b""), ("a.x", b""), ("b.png", PNG), ("b.txt", b"x"), ("a.y", b""), ("c.z", b"")]
+    members = [("a.x", b""), ("a.x", b""), ("b.png", PNG), ("b.txt", b"x"), ("c.y", b""), ("c.gif", b""), ("d.z", b"")]
     index = open_index(write_tar(tmp_path / "a.tar", members))
-    assert index.columns == ("image", "txt", "z") and columns(index) == {"b": ["image", "txt"], "c": ["z"]}
+    assert index.columns == ("image", "txt", "z") and columns(index) == {"b": ["image", "txt"], "d": ["z"]}
 
 
 def test_too_many_kinds_of_members_are_named(tmp_path: Path) -> None:

@@ -169,8 +169,7 @@ def test_what_the_index_leaves_out_is_named_member_by_member(tmp_path: Path) -> 
         (Reason.AMBIGUOUS, "d.PNG"),
         (Reason.CAPTION_TOO_LONG, "d.txt"),
         (Reason.UNSAFE_NAME, "../e.png"),
-        (Reason.AMBIGUOUS, "a"),
-        (Reason.AMBIGUOUS, "a"),
+        *((Reason.AMBIGUOUS, key) for key in ("a", "b", "../e", "a", "f")),
     ]
 
 
