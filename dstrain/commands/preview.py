@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dstrain.commands.arguments import natural, positive
 from dstrain.config import DataConfig
-from dstrain.errors import ConfigError, did_you_mean
+from dstrain.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from dstrain.data.index import ShardIndex
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Look at the dataset, draw it, and print its figures."""
     from tqdm import tqdm
 
-    from dstrain.data.dataset import open_dataset
+    from dstrain.data.dataset import Dataset, Source
     from dstrain.data.preview import choose, measure, panel_counts, show, visible
     from dstrain.data.reasons import ranked
     from dstrain.data.resolution import Resolution
@@ -64,15 +64,21 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--count {args.count} samples do not fit on one sheet; give at most {MAX_SAMPLES}")
     indexes = open_indexes(find_local(args.shards), workers=os.cpu_count() or 1, progress=True)
     columns = _columns(indexes, args.columns)
-    dataset = open_dataset(args.shards, Wanted(Resolution(args.max_pixels), columns, clip=Clip(args.frames)))
+    wanted = Wanted(Resolution(args.max_pixels), columns, clip=Clip(args.frames))
+    dataset = Dataset([(Source(args.shards), indexes)], wanted)
+    out = dataset.left_out.counts
+    left_out = f"Left out {out.total():,}: {ranked(out)}" if out else "No sample is left out."
+    if not len(dataset):
+        raise DataError(
+            f"no sample can be used in {_counted(len(indexes), 'shard')}, the first being {indexes[0].path}; "
+            f"each needs {' and '.join(columns)} and a caption (left out: {ranked(out) or 'none'})"
+        )
 
     rows = choose(len(dataset), args.count, args.seed)
     layout = Layout.of(len(rows), panel_counts(dataset))
     bar = tqdm(show(dataset, rows, layout.side), "reading", len(rows), unit="sample", leave=False, disable=None)
     samples = list(bar)
     figures = measure(dataset)
-    out = dataset.left_out.counts
-    left_out = f"Left out {out.total():,}: {ranked(out)}" if out else "No sample is left out."
     size = _bytes(sum(index.size for index in indexes))
     about = f"{_counted(len(dataset), 'sample')} in {_counted(len(indexes), 'shard')}, {size}  ·  "
     about += f"{len(rows)} of them at random (seed {args.seed}), as training sees them"

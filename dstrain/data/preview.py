@@ -58,9 +58,9 @@ class Shown:
 class Figures:
     """Sizes of the samples that were looked at: all, or those of some shards. n samples, m files (n x columns)."""
 
-    samples: int  # in the dataset
-    shards: int  # in the dataset, of which `looked_at` were looked at
-    looked_at: int
+    samples: int  # that can be used, in the whole dataset
+    shards: int  # that they are in
+    looked_at: int  # of the shards
     ratio: np.ndarray  # [m] width / height, as stored
     stored: np.ndarray  # [m] megapixels
     trained: np.ndarray  # [m] megapixels

@@ -108,9 +108,8 @@ class Wanted:
         parts[there] = index.parts[numbers[there]]
         widths, heights = self.resolution.sizes(parts["width"], parts["height"])
         frames = clip_frames(parts["frames"], parts["fps"], self.clip.frames, self.clip.fps)
-        usable = (there & (widths > 0) & (frames > 0)).all(axis=1)
-        if self.captioned:
-            usable &= index.rows["caption_bytes"] > 0
+        captioned = (index.rows["caption_bytes"] > 0) | (not self.captioned)
+        usable = captioned & (there & (widths > 0) & (frames > 0)).all(axis=1)
         return parts, widths, heights, frames, usable
 
     def _why(

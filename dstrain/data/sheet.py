@@ -12,8 +12,8 @@ from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 
+from dstrain.data.histograms import FAINT, GREY, INK, draw_histograms
 from dstrain.data.histograms import HEIGHT as HISTOGRAMS_HEIGHT
-from dstrain.data.histograms import draw_histograms
 from dstrain.data.preview import Figures, Panel, Shown, fitted, visible
 from dstrain.storage import write_atomic
 
@@ -21,7 +21,7 @@ FORMATS = (".png", ".jpg", ".pdf", ".svg")
 MAX_SAMPLES = 144  # on a sheet; pictures of 2^16 pixels height cannot be written
 WIDTH = 1200  # pixels, so that a README shows it sharp
 MARGIN, GAP, NARROW_GAP, LINE = 24, 16, 4, 16  # pixels; the narrow gap is between pictures of one sample
-INK, GREY, FAINT, RED = "#1f2430", "#6b7280", "#d9dde3", "#b42318"
+RED = "#b42318"
 _MOST_PICTURES = 6  # side by side
 _MOST_SIDE = 280
 _CAPTION_LINES = 3

@@ -16,7 +16,7 @@ class EncodedCache:
     Args:
         pipeline: whose units run.
         limit_bytes: samples are kept until this many bytes are full; the rest is encoded each time. 0 keeps nothing.
-        varying: what the batch holds anew for every draw of a row, such as "image" where pictures are cropped at random.
+        varying: what is new in the batch for every draw of a row, such as "image" where pictures are cropped at random.
     """
 
     def __init__(self, pipeline: Pipeline, limit_bytes: int, varying: Iterable[str] = ()) -> None:
