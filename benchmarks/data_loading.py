@@ -21,7 +21,8 @@ too with its index; litdata and streaming their own converted formats. Cases:
                 100,000, as they have to read up to the place; dstrain decodes 8 pictures, the others read tiny members
 
 The loaders take turns, round after round, each time in a fresh process, and the order turns from round to round.
-Ratios are dstrain's speed over the other's in the same round. The clock starts after a warm-up, so making workers and
+Ratios are dstrain's speed over the other's in the same round. `others` is how many cores the rest of the machine kept
+busy meanwhile: where that is not near 0, the figures are of a machine that was shared. The clock starts after a warm-up, so making workers and
 first indexes is not in it, and stands still between epochs.
 """
 
@@ -160,6 +161,7 @@ def summary(rounds: list[dict[str, Any]], ours: list[float | None]) -> dict[str,
         return {"error": errors[0]}
     rates = [result["samples_per_s"] for result in rounds]
     figures = {"rounds": rates, **spread(rates), "cpu_ms_a_sample": spread([result["cpu_ms"] for result in rounds])}
+    figures["others_cores"] = spread([result["others_cores"] for result in rounds])
     if all(ours):
         figures["dstrain_over_it"] = spread([mine / other for mine, other in zip(ours, rates)])
     return figures

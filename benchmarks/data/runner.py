@@ -48,22 +48,24 @@ def touch(payload: Any) -> int:
     return payload.numel() + int(payload[0, 0, 0]) + int(payload[-1, -1, -1])
 
 
-def cpu_seconds() -> float:
-    """Return the processor time of this process and its living children."""
-    process = psutil.Process()
-    return sum(sum(member.cpu_times()[:2]) for member in [process, *process.children(recursive=True)])
+def cpu_seconds() -> tuple[float, float]:
+    """Return the processor time of this process with its living children, and of the whole machine."""
+    process, machine = psutil.Process(), psutil.cpu_times()
+    mine = sum(sum(member.cpu_times()[:2]) for member in [process, *process.children(recursive=True)])
+    return mine, machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
 
 
 def rate(epochs: peers.Epochs, warmup: int, seconds: float) -> dict[str, float]:
     """Return samples a second once `warmup` samples are through.
 
     The clock runs from the first batch of an epoch to the last: what a loader does between epochs, which would weigh
-    more here than in epochs of millions, is not counted.
+    more here than in epochs of millions, is not counted. others_cores: what the rest of the machine did meanwhile.
     """
     seen = counted = touched = 0
-    elapsed = cpu = 0.0
+    elapsed = cpu = busy = 0.0
     for epoch in epochs:
-        start = now = cpu_start = 0.0
+        start = now = 0.0
+        before = (0.0, 0.0)
         for batch in epoch:
             touched += sum(touch(payload) + len(caption) for payload, caption in batch)
             seen += len(batch)
@@ -75,14 +77,21 @@ def rate(epochs: peers.Epochs, warmup: int, seconds: float) -> dict[str, float]:
                 if elapsed + now - start >= seconds:
                     break
             else:
-                cpu_start = cpu_seconds()
+                before = cpu_seconds()
                 start = now = time.perf_counter()
         if start:
             elapsed += now - start
-            cpu += cpu_seconds() - cpu_start
+            after = cpu_seconds()
+            cpu, busy = cpu + after[0] - before[0], busy + after[1] - before[1]
         if elapsed >= seconds:
             break
-    return {"samples_per_s": counted / elapsed, "cpu_ms": 1e3 * cpu / counted, "samples": counted, "touched": touched}
+    return {
+        "samples_per_s": counted / elapsed,
+        "cpu_ms": 1e3 * cpu / counted,
+        "others_cores": max(0.0, busy - cpu) / elapsed,
+        "samples": counted,
+        "touched": touched,
+    }
 
 
 def measure(loader: str, job: dict[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ def lay_out(result: dict[str, Any]) -> str:
 
 
 def rates(title: str, rows: dict[str, Any]) -> list[str]:
-    lines = ["", f"{title:<24}{'samples/s':>10}{'min':>9}{'max':>9}{'CPU ms':>9}   dstrain / it"]
+    lines = ["", f"{title:<24}{'samples/s':>10}{'min':>9}{'max':>9}{'CPU ms':>9}{'others':>8}   dstrain / it"]
     for name, row in rows.items():
         if "error" in row:
             lines.append(f"{name:<24}  {row['error']}")
@@ -24,7 +24,7 @@ def rates(title: str, rows: dict[str, Any]) -> list[str]:
         ratio = row.get("dstrain_over_it")
         shown = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else ""
         values = f"{row['median']:>10.1f}{row['min']:>9.1f}{row['max']:>9.1f}{row['cpu_ms_a_sample']['median']:>9.3f}"
-        lines.append(f"{name:<24}{values}   {shown}")
+        lines.append(f"{name:<24}{values}{row['others_cores']['max']:>8.2f}   {shown}")
     return lines
 
 

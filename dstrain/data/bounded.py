@@ -5,7 +5,6 @@ to come, and renamed when it is whole. Each name has a lock (flock). Locks end w
 leaves nothing that others wait for, and its part is removed by the next one that needs room.
 """
 
-import fcntl
 import logging
 import os
 import shutil
@@ -122,9 +121,8 @@ class BoundedFolder:
 
 
 def _is_held(lock: Path) -> bool:
-    with lock.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with locked(lock, wait=False):
+            return False
+    except BlockingIOError:
+        return True

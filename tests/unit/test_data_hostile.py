@@ -451,7 +451,7 @@ NAMES = [
     "x/..txt/../z.txt", "~/.ssh/id.txt", "$HOME/a.txt", "${SECRET}.txt", "{a,b}.txt", "{0..9}.txt",
     "`touch canary`.txt", "$(touch canary).txt", "pipe:touch canary.txt", "file:///etc/passwd.txt", "http://127.0.0.1/a.txt",
     "https://h/x.png", "s3://b/k.txt", "C:\\windows\\a.txt", "..\\..\\a.txt", "a\nb.txt", "a\x1b[31m.txt", "con.txt",
-    "-rf.txt", "%s%n.txt", "{0.__class__}.txt",
+    "-rf.txt", "%s%n.txt", "{x.__class__}.txt",
 ]  # fmt: skip
 
 

@@ -762,7 +762,9 @@ def test_nothing_is_renamed_while_someone_counts(tmp_path):
 
 def _in_processes(count: int, target, *args: object) -> list[object]:
     results = fork.Queue()
-    processes = [fork.Process(target=_report, args=(results, target, number, *args)) for number in range(count)]
+    processes = [
+        fork.Process(target=_report, args=(results, target, number, *args), daemon=True) for number in range(count)
+    ]
     for process in processes:
         process.start()
     found = [results.get(timeout=30) for _ in processes]
@@ -813,7 +815,7 @@ def test_a_killed_download_harms_nobody(web, tmp_path):
     store = Cache(tmp_path / "cache", BIG)
     index = store.open_index(url)
     web.faults["/s-0.tar"] = ["half"]
-    process = fork.Process(target=store.fetch, args=(index, url))
+    process = fork.Process(target=store.fetch, args=(index, url), daemon=True)
     process.start()
     deadline = time.monotonic() + 10
     while not parts(tmp_path / "cache") or not web.gets("/s-0.tar"):
