@@ -21,9 +21,9 @@ too with its index; litdata and streaming their own converted formats. Cases:
                 100,000, as they have to read up to the place; dstrain decodes 8 pictures, the others read tiny members
 
 The loaders take turns, round after round, each time in a fresh process, and the order turns from round to round.
-Ratios are dstrain's speed over the other's in the same round. `others` is how many cores the rest of the machine kept
-busy meanwhile: where that is not near 0, the figures are of a machine that was shared. The clock starts after a warm-up, so making workers and
-first indexes is not in it, and stands still between epochs.
+Ratios are dstrain's speed over the other's in the same round. The clock starts after a warm-up, so making workers and
+first indexes is not in it, and stands still between epochs. `others` is how many cores the rest of the machine kept
+busy meanwhile, at most: where that is not near 0, the machine was shared and the figures are not worth much.
 """
 
 import argparse

@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> None:
     from dstrain.storage import write_atomic
 
     indexes = renew_indexes(find_local(args.shards), workers=args.workers, progress=True)
-    excluded = [entry for index in indexes for entry in index.excluded]
-    for entry in excluded[:SHOWN]:
-        print(f"left out {entry.shard}: {entry.key}: {entry.reason} ({entry.detail})")
-    if args.report is not None:
-        write_atomic(args.report, "".join(json.dumps(vars(entry)) + "\n" for entry in excluded).encode())
-    if len(excluded) > SHOWN:
-        print(f"{len(excluded)} samples are damaged or ambiguous; {args.report or '--report FILE'} lists all")
     columns = [name for name in ("image", "video") if any(name in index.stats for index in indexes)]
     wanted = Wanted(Resolution(max_pixels=args.max_pixels), columns=tuple(columns[:1]) or ("image",))
+    left_out = [entry for index in indexes for entry in (*index.excluded, *wanted.left_out(index))]
+    for entry in left_out[:SHOWN]:
+        print(f"left out {entry.shard}: {entry.key}: {entry.reason} ({entry.detail})")
+    if len(left_out) > SHOWN:
+        print(f"and {len(left_out) - SHOWN} more; {args.report or '--report FILE'} lists all")
+    if args.report is not None:
+        write_atomic(args.report, "".join(json.dumps(vars(entry)) + "\n" for entry in left_out).encode())
     print(open_dataset(args.shards, wanted).summary())

@@ -1,6 +1,8 @@
 """Dealing the samples of a step to packs, so that no rank waits long for another."""
 
 import heapq
+from bisect import bisect_left, insort
+from functools import partial
 
 import numpy as np
 
@@ -15,14 +17,20 @@ def deal(tokens: np.ndarray, costs: np.ndarray, *, ranks: int, capacity: int) ->
     below finds; the costliest come first, and the packs of one are made alike, for under ZeRO-3 every rank waits for
     the slowest in every block. No pack is empty if n is a multiple of `ranks` or two items always fit one pack.
 
-    Longest first into the least loaded (LPT, Graham 1969), by cost, or by tokens where that does not fit; then swaps
-    between the costliest pack of a micro-step and the others of it.
+    Longest first into the least loaded (LPT, Graham 1969) by cost, or by tokens where that does not fit, or into the
+    fullest that has room (best fit decreasing, Johnson 1973) where that does not either; then swaps between the
+    costliest pack of a micro-step and the others of it.
     """
     micros = max(1, -(-int(tokens.sum()) // (ranks * capacity)))
     while True:
         assert micros <= max(1, len(tokens) // ranks), "the caller has seen to it that one sample a pack fits"
-        for weights in (costs, tokens):
-            packs = _longest_first(weights, tokens, micros * ranks, capacity)
+        bins = micros * ranks
+        for pack_up in (
+            partial(_longest_first, costs, tokens, bins, capacity),
+            partial(_longest_first, tokens, tokens, bins, capacity),
+            partial(_best_fit, tokens, bins, capacity),
+        ):
+            packs = pack_up()
             if packs is not None:
                 loads = [-int(costs[pack].sum()) for pack in packs]
                 packs = [packs[i] for i in np.argsort(loads, kind="stable").tolist()]
@@ -49,6 +57,27 @@ def _longest_first(weights: np.ndarray, tokens: np.ndarray, bins: int, capacity:
         heapq.heapreplace(loads, (load + weight[place], number))
         for entry in full:
             heapq.heappush(loads, entry)
+    return packs
+
+
+def _best_fit(tokens: np.ndarray, bins: int, capacity: int) -> list[list[int]] | None:
+    """Put each item, longest first, into the fullest bin that has room for it; None if one finds no room.
+
+    Each bin begins with one of the longest items, so that none is empty.
+    """
+    token = tokens.tolist()
+    places = np.argsort(-tokens, kind="stable").tolist()
+    packs = [[place] for place in places[:bins]]
+    rooms = sorted((capacity - token[place], number) for number, place in enumerate(places[:bins]))
+    if len(packs) < bins or rooms[0][0] < 0:
+        return None
+    for place in places[bins:]:
+        at = bisect_left(rooms, (token[place], -1))
+        if at == bins:
+            return None
+        room, number = rooms.pop(at)
+        packs[number].append(place)
+        insort(rooms, (room - token[place], number))
     return packs
 
 

@@ -121,7 +121,9 @@ def members(fd: int, path: Path, position: int = 0) -> Iterator[Member]:
                 raise _damaged(path, position, f"a name record claims {size} bytes", block)
             record = read_at(fd, size, start)
             if kind == ord("L"):
-                long_name = record.rstrip(b"\0")
+                long_name = record.removesuffix(b"\0")
+                if not long_name or b"\0" in long_name:
+                    raise _damaged(path, position, "a long-name record holds no name", block)
             elif kind != ord("K"):  # K is a long link target, and links are not read
                 fields = _pax_fields(record)
                 if fields is None or (kind == ord("g") and {b"path", b"size"} & fields.keys()):

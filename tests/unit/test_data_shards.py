@@ -1,5 +1,7 @@
 """Shards and their indexes: what is a sample, what is left out and why, which files an entry names."""
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import xxhash
 from data_samples import picture, sample_members, write_tar
 from PIL import Image
 
+from dstrain import cli
 from dstrain.data import processes, shards
 from dstrain.data.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, captions_of
 from dstrain.data.index import ShardIndex
@@ -248,6 +251,40 @@ def test_sizes_are_as_pictures_are_meant_to_be_seen(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.jpg", (tmp_path / "t.jpg").read_bytes()), ("b.png", picture(48, 20))])
     parts = open_index(path).parts
     assert parts["width"].tolist() == [20, 48] and parts["height"].tolist() == [40, 20]
+
+
+def video(frames: int, size: tuple[int, int] = (48, 32)) -> bytes:
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as out:
+        stream = out.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for number in range(frames):
+            pixels = np.full((size[1], size[0], 3), 20 * number, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        out.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def test_videos(tmp_path: Path) -> None:
+    data = video(5)
+    members = [("a.mp4", data), ("a.txt", b"x"), ("b.pose.mp4", video(9, (32, 64))), ("b.png", PNG), ("b.txt", b"y")]
+    members += [("cut.mp4", data[: len(data) // 2]), ("cut.txt", b"z"), ("text.webm", b"text")]
+    index = open_index(write_tar(tmp_path / "a.tar", members))
+    assert columns(index) == {"a": ["video", "txt"], "b": ["pose", "image", "txt"]}
+    part, pose = index.parts[0], index.parts[2]
+    assert (part["width"], part["height"], part["frames"], part["fps"], part["kind"]) == (48, 32, 5, 8, Content.VIDEO)
+    assert (pose["width"], pose["height"], pose["frames"]) == (32, 64, 9)
+    stats = index.stats["pose"]
+    assert (stats.rows, stats.min_frames, stats.max_frames, stats.max_ratio) == (1, 9, 9, 2.0)
+    assert left_out(index.path) == {"cut": Reason.VIDEO_DAMAGED, "text": Reason.VIDEO_FORMAT}
+
+
+def test_without_pyav_a_shard_of_videos_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.mp4", video(1))])
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"pip install 'dstrain\[video\]'"):
+        open_index(path)
 
 
 def test_pictures_over_the_limits_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,6 +534,25 @@ def test_many_shards_are_indexed_by_processes_in_order(tmp_path: Path, monkeypat
     paths[5].write_bytes(b"no tar")
     with pytest.raises(DataError, match=r"5.tar is not a tar file"):
         open_indexes(paths, workers=2, progress=False)
+
+
+def test_the_command_renews_damaged_indexes_and_lists_what_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [(f"bad{number:02d}.txt", b"") for number in range(25)]
+    path = write_tar(tmp_path / "a.tar", [*bad, ("lone.txt", b"x"), *sample_members(2)])
+    good = open_index(path)
+    data = sidecar_of(path).read_bytes()
+    sidecar_of(path).write_bytes(data[:-1] + b"x")
+    report = tmp_path / "report.jsonl"
+    assert cli.main(["index", str(path), "--report", str(report), "--workers", "1"]) == 0
+    assert sidecar_of(path).read_bytes() == data and "is damaged" in caplog.text
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"left out {path}: bad00: empty_caption (the caption is empty)" and len(lines) == 22
+    assert lines[20] == f"and 6 more; {report} lists all" and lines[21].startswith("2 samples in 1 shard")
+    entries = [json.loads(line) for line in report.read_text().splitlines()]
+    assert entries[:25] == [vars(entry) for entry in good.excluded]
+    assert [(entry["key"], entry["reason"]) for entry in entries[25:]] == [("lone", "no_image")]
 
 
 # What a user names

@@ -107,6 +107,8 @@ END = b"\0" * 1024
         (header() + b"\0" * 512 + header() + END, "data follows the end-of-archive marker"),
         (header(kind=b"S") + END, "sparse"),
         (header(kind=b"L", size=5) + b"name\0".ljust(512, b"\0") + END, "a long-name record has no member"),
+        (header(kind=b"L", size=9) + b"name\0".ljust(512, b"\0") + header() + END, "a long-name record holds no name"),
+        (header(kind=b"L", size=0) + header() + END, "a long-name record holds no name"),
         (header(kind=b"L", size=1 << 30) + END, "a name record claims 1073741824 bytes"),
         (header(kind=b"x", size=9) + b"nonsense\n".ljust(512, b"\0") + END, "a pax record cannot be understood"),
         (header(kind=b"x", size=9) + b"99 a=bcd\n".ljust(512, b"\0") + END, "a pax record cannot be understood"),

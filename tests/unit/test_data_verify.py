@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from data_samples import picture, sample_members, write_tar
+from test_data_shards import video
 
 from dstrain import cli
 from dstrain.data import processes
@@ -180,6 +181,17 @@ def test_pictures_are_decoded_in_full(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.jpg", bytes(data)), ("a.txt", b"x")])
     assert [d.reason for d in verify(path)] == [NO_INDEX, Reason.IMAGE_DAMAGED]
     assert open_index(path).samples == 1
+
+
+def test_videos_are_decoded_at_both_ends(tmp_path: Path) -> None:
+    data = bytearray(video(9))
+    sound = write_tar(tmp_path / "a.tar", [("a.mp4", bytes(data)), ("a.txt", b"x")])
+    assert [d.reason for d in verify(sound)] == [NO_INDEX]
+    last = data.rindex(b"\0\0\1\xb6", 0, data.rindex(b"moov"))  # the start code of an MPEG-4 picture
+    data[last + 5 : last + 12] = b"\xff" * 7
+    damaged = write_tar(tmp_path / "b.tar", [("a.mp4", bytes(data)), ("a.txt", b"x")])
+    assert open_index(damaged).samples == 1
+    assert [(d.reason, d.member) for d in verify(damaged)] == [(Reason.VIDEO_DAMAGED, "a.mp4")]
 
 
 def test_links_and_devices(tmp_path: Path) -> None:
