@@ -53,12 +53,12 @@ def column_stats(columns: tuple[str, ...], parts: np.ndarray) -> dict[str, Colum
     """Describe each column; `parts` has dtype PART."""
     found = {}
     for number, name in enumerate(columns):
-        mine = parts[parts["column"] == number]
-        width, height, frames = (mine[side].astype(np.int64) for side in ("width", "height", "frames"))
+        mine = parts["column"] == number
+        width, height, frames = (parts[side][mine].astype(np.int64) for side in ("width", "height", "frames"))
         short, long = np.minimum(width, height), np.maximum(width, height)
         pixels, ratio = short * long, long / np.maximum(short, 1)
         found[name] = ColumnStats(
-            rows=len(mine),
+            rows=len(frames),
             min_side=int(short.min(initial=_NONE)),
             min_pixels=int(pixels.min(initial=_NONE)),
             max_pixels=int(pixels.max(initial=0)),

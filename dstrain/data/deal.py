@@ -6,7 +6,8 @@ from functools import partial
 
 import numpy as np
 
-_ROUNDS = 64  # swaps a micro-step at most
+_ROUNDS = 64  # swaps a micro-step at most, and one more for every two ranks
+_PARTNERS = 32  # packs that the costliest one may swap with
 _EVEN = 1.005  # costliest pack over the mean: nothing is gained below
 
 
@@ -82,27 +83,27 @@ def _best_fit(tokens: np.ndarray, bins: int, capacity: int) -> list[list[int]] |
 
 
 def _even(packs: list[list[int]], tokens: np.ndarray, costs: np.ndarray, capacity: int) -> list[list[int]]:
-    """Swap items of the costliest pack with items of others for as long as that brings the costliest down."""
-    items = np.concatenate([np.array(pack) for pack in packs])
-    owner = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
-    cost, token = costs[items], tokens[items]
-    loads = np.bincount(owner, cost).astype(np.int64)
-    room = capacity - np.bincount(owner, token).astype(np.int64)
-    for _ in range(_ROUNDS):
+    """Swap items of the costliest pack with items of the cheapest for as long as that brings the costliest down."""
+    loads = np.array([costs[pack].sum() for pack in packs])
+    room = capacity - np.array([tokens[pack].sum() for pack in packs])
+    partners = min(_PARTNERS, len(packs) - 1)
+    for _ in range(_ROUNDS + len(packs) // 2):
         top = int(loads.argmax())
         if loads[top] <= loads.mean() * _EVEN:
             break
-        mine = np.flatnonzero(owner == top)
-        given = cost[mine, None] - cost  # [mine, items]: what the costliest pack would lose
-        moved = token[mine, None] - token
-        fits = (given > 0) & (owner != top) & (moved <= room[owner]) & (-moved <= room[top])
+        cheapest = np.argpartition(loads, partners - 1)[:partners].tolist()
+        owner = np.repeat(cheapest, [len(packs[other]) for other in cheapest])
+        mine, theirs = np.array(packs[top]), np.concatenate([packs[other] for other in cheapest])
+        given = costs[mine, None] - costs[theirs]  # [mine, theirs]: what the costliest pack would lose
+        moved = tokens[mine, None] - tokens[theirs]
+        fits = (given > 0) & (moved <= room[owner]) & (-moved <= room[top])
         after = np.where(fits, np.maximum(loads[top] - given, loads[owner] + given), loads[top])
-        best = int(after.argmin())
-        if after.flat[best] >= loads[top]:
+        i, j = divmod(int(after.argmin()), len(theirs))
+        if after[i, j] >= loads[top]:
             break
-        i, j = int(mine[best // len(items)]), best % len(items)
         other = int(owner[j])
-        loads[[top, other]] += (cost[j] - cost[i]) * np.array([1, -1])
-        room[[top, other]] += (token[i] - token[j]) * np.array([1, -1])
-        owner[[i, j]] = other, top
-    return [sorted(items[owner == pack].tolist()) for pack in range(len(packs))]
+        loads[[top, other]] += given[i, j] * np.array([-1, 1])
+        room[[top, other]] += moved[i, j] * np.array([1, -1])
+        packs[top][i] = int(theirs[j])
+        packs[other][packs[other].index(int(theirs[j]))] = int(mine[i])
+    return [sorted(pack) for pack in packs]

@@ -134,8 +134,11 @@ def make(
     for entry in excluded:
         lines += json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         counts[entry[1]] += 1
-    arrays = [keys.ends.tobytes(), rows.tobytes(), parts.tobytes(), keys.blob, bytes(lines)]
-    body = b"".join(array.ljust(_aligned(len(array)), b"\0") for array in arrays)
+    arrays: list[Any] = [keys.ends.view(np.uint8), rows.view(np.uint8), parts.view(np.uint8), keys.blob, lines]
+    body = [piece for array in arrays for piece in (array, b"\0" * (_aligned(len(array)) - len(array)))]
+    checksum = xxhash.xxh3_64()
+    for piece in body:
+        checksum.update(piece)
     header = {
         "size": tar.st_size,
         "mtime_ns": tar.st_mtime_ns,
@@ -145,11 +148,11 @@ def make(
         **_caption_totals(rows),
         "excluded": dict(counts),
         "lengths": [len(array) for array in arrays],
-        "checksum": xxhash.xxh3_64_intdigest(body),
+        "checksum": checksum.intdigest(),
     }
     text = json.dumps(header, ensure_ascii=False).encode()
     text = text.ljust(_aligned(_PREFIX.size + len(text)) - _PREFIX.size)
-    data = _PREFIX.pack(_MAGIC, len(text), 0, xxhash.xxh3_64_intdigest(text)) + text + body
+    data = b"".join([_PREFIX.pack(_MAGIC, len(text), 0, xxhash.xxh3_64_intdigest(text)), text, *body])
     return _parse(data, len(data), path, data)
 
 

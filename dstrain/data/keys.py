@@ -50,6 +50,8 @@ class KeyTable(Sequence[str]):
 
     def take(self, places: np.ndarray) -> "KeyTable":
         """Make a table of the keys at `places`, in that order."""
+        if np.array_equal(places, np.arange(len(self))):
+            return self
         lasts = self.ends[places]
         firsts = np.concatenate([[0], self.ends])[places]
         blob = b"".join(self.blob[first:last] for first, last in zip(firsts.tolist(), lasts.tolist()))
@@ -75,14 +77,14 @@ class KeyLog:
 
     def table(self) -> KeyTable:
         """Return all keys in the order of their coming."""
-        return KeyTable(bytes(self._blob), np.array(self._ends, np.int64))
+        return KeyTable(bytes(self._blob), np.frombuffer(self._ends, np.int64))
 
     def repeated(self) -> tuple[np.ndarray, np.ndarray]:
         """Tell which were met more than once, and which were not but lie beside one that was: bool [n] each.
 
         Keys with one hash pass for the same, which is as good as never.
         """
-        _, numbers, counts = np.unique(np.array(self._hashes, np.uint64), return_inverse=True, return_counts=True)
+        _, numbers, counts = np.unique(np.frombuffer(self._hashes, np.uint64), return_inverse=True, return_counts=True)
         again = counts[numbers] > 1
         beside = np.zeros_like(again)
         beside[1:] |= again[:-1]

@@ -150,6 +150,9 @@ def _connect(url: str) -> "tuple[AbstractFileSystem, str]":
     try:
         import fsspec
 
+        if scheme == "hf":
+            for name in ("httpx", "httpx2"):  # they log every request, with the signatures of where it is sent on to
+                logging.getLogger(name).setLevel(logging.WARNING)
         if scheme not in _WEB:
             return fsspec.filesystem(scheme), path
         import aiohttp

@@ -236,7 +236,7 @@ class _Table:
 
     def index(self, tar: os.stat_result, digest: str) -> ShardIndex:
         """Return what was read as an index."""
-        keys, places = self._keys.table(), np.array(self._places, np.int64)
+        keys, places = self._keys.table(), np.frombuffer(self._places, np.int64)
         rows, parts = np.frombuffer(self._rows, ROW), np.frombuffer(self._parts, PART)
         again, beside = (mask[places] for mask in self._keys.repeated())
         doubtful = again | beside

@@ -214,7 +214,7 @@ def _number(field: bytes) -> int | None:
     digits = field.split(b"\0", 1)[0].strip(b" ")
     if not digits:
         return 0
-    return int(digits, 8) if all(48 <= digit <= 55 for digit in digits) else None
+    return None if digits.strip(b"01234567") else int(digits, 8)
 
 
 def _pax_fields(record: bytes) -> dict[bytes, bytes] | None:

@@ -281,6 +281,16 @@ def test_the_hub_has_what_is_called():
     assert inspect.signature(HfFileSystemStreamFile).parameters["block_size"].default == 0
 
 
+def test_the_hubs_client_does_not_log_signed_urls(monkeypatch, caplog):
+    monkeypatch.setitem(_registry, "hf", MemoryFileSystem)
+    caplog.set_level(logging.INFO)
+    with pytest.raises(DataError, match="check the address"):
+        list_remote("hf://datasets/u/r")
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).info("HTTP Request: GET https://cdn/x?Signature=t0psecret")
+    assert "t0psecret" not in caplog.text
+
+
 # Indexes
 
 
