@@ -7,7 +7,7 @@ import re
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dstrain.data.index import SIDECAR, ShardIndex, dump, load
@@ -93,13 +93,14 @@ def _alone(path: Path) -> Iterator[None]:
     """Keep other processes of this user on this node from indexing the same shard."""
     number = int.from_bytes(hashlib.sha256(os.fsencode(path.resolve())).digest()[:8], "big") % _LOCKS
     folder = Path(tempfile.gettempdir()) / f"dstrain-locks-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        owned = folder.lstat()
-        usable = stat.S_ISDIR(owned.st_mode) and owned.st_uid == os.getuid()
-    except OSError:
-        usable = False
-    with locked(folder / f"{number:04d}") if usable else nullcontext():
+    with ExitStack() as held:
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            owned = folder.lstat()
+            if stat.S_ISDIR(owned.st_mode) and owned.st_uid == os.getuid():
+                held.enter_context(locked(folder / f"{number:04d}"))
+        except OSError as error:
+            log.debug("%s is indexed without a lock: %s", path, error)  # at worst by several at once
         yield
 
 

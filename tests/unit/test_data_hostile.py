@@ -35,7 +35,7 @@ from dstrain.errors import DataError
 
 BLOCK = 512
 SAMPLES = 12
-MUTANTS = 150  # of each kind and format
+MUTANTS = 120  # of each kind and format
 Pairs = dict[str, tuple[bytes, str]]  # key -> picture, caption
 
 

@@ -496,7 +496,7 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
     holder.join()
 
 
-@pytest.mark.parametrize("where", ["nowhere", "someone else's", "a link"])
+@pytest.mark.parametrize("where", ["nowhere", "a file", "a link", "a folder that is read-only"])
 def test_without_a_folder_for_locks_it_works_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -505,8 +505,14 @@ def test_without_a_folder_for_locks_it_works_all_the_same(
     if where == "a link":
         (tmp_path / "elsewhere").mkdir()
         locks.symlink_to(tmp_path / "elsewhere")
-    elif where == "someone else's":
+    elif where == "a file":
         locks.write_text("")
+    elif where.endswith("read-only"):
+
+        def refuse(path: Path) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(shards, "locked", refuse)
     monkeypatch.setattr(shards.tempfile, "gettempdir", lambda: str(tmp_path / ("none" if where == "nowhere" else "")))
     assert open_index(path).samples == 2
     assert where != "a link" or not list((tmp_path / "elsewhere").iterdir())
