@@ -30,7 +30,7 @@ from data import mix
 from PIL import Image
 
 from dstrain.data.deal import deal
-from dstrain.data.resolution import Resolution
+from dstrain.data.media.resolution import Resolution
 
 ATTENTION = 18432  # tokens at which attention costs as much as the matrices: 6 x width
 TEMPLATE = 8  # tokens around a caption

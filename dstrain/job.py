@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from dstrain.config import DataConfig, Recipe, to_dict
-from dstrain.data.cache import Cache
 from dstrain.data.dataset import Dataset, Source, open_dataset
+from dstrain.data.media.resolution import Resolution, colour
 from dstrain.data.plan import Plan
-from dstrain.data.remote import is_remote
-from dstrain.data.resolution import Resolution, colour
+from dstrain.data.remote.cache import Cache
+from dstrain.data.remote.urls import is_remote
 from dstrain.data.selection import Clip, Wanted
 from dstrain.engine import checkpoint
 from dstrain.engine.distributed import has_fast_bf16

@@ -14,9 +14,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dstrain.config import to_dict
 from dstrain.data.loader import Loader, Pack, Sample
-from dstrain.data.operators import Operators
+from dstrain.data.media.operators import Operators
+from dstrain.data.media.resolution import colour
 from dstrain.data.policy import Bad, BadSamples
-from dstrain.data.resolution import colour
 from dstrain.engine import checkpoint, distributed
 from dstrain.engine.distributed import World
 from dstrain.engine.ds_config import stage

@@ -12,7 +12,7 @@ import ours
 from PIL import Image
 from torch import Tensor
 
-from dstrain.data.decode import decode
+from dstrain.data.media.decode import decode
 
 BATCH = 8
 

@@ -13,16 +13,16 @@ import numpy as np
 from torch import Tensor
 
 from dstrain.data import Loader, Plan, loader, open_dataset
-from dstrain.data.decode import decode
-from dstrain.data.index import dump, make
-from dstrain.data.keys import KeyTable
+from dstrain.data.media.decode import decode
+from dstrain.data.media.probe import probe
+from dstrain.data.media.resolution import Resolution
 from dstrain.data.order import SourceOrder
 from dstrain.data.plan import WINDOW
-from dstrain.data.probe import probe
 from dstrain.data.reader import ShardReader
-from dstrain.data.resolution import Resolution
 from dstrain.data.selection import Wanted
-from dstrain.data.shards import open_index, open_indexes, sidecar_of
+from dstrain.data.shards.catalog import open_index, open_indexes, sidecar_of
+from dstrain.data.shards.index import dump, make
+from dstrain.data.shards.keys import KeyTable
 
 BATCH = 8
 MAX_PIXELS = 512 * 512

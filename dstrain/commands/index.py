@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Index, and print the samples that are left out and the summary."""
     from dstrain.data.dataset import open_dataset
-    from dstrain.data.resolution import Resolution
+    from dstrain.data.media.resolution import Resolution
     from dstrain.data.selection import Wanted
-    from dstrain.data.shards import find_local, renew_indexes
+    from dstrain.data.shards.catalog import find_local, renew_indexes
     from dstrain.storage import write_atomic
 
     indexes = renew_indexes(find_local(args.shards), workers=args.workers, progress=True)

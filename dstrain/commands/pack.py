@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pack, and print what was written and what was refused."""
-    from dstrain.data.ledger import REFUSED
-    from dstrain.data.pack import pack
-    from dstrain.data.reencode import Reencode
+    from dstrain.data.packing.ledger import REFUSED
+    from dstrain.data.packing.pack import pack
+    from dstrain.data.packing.reencode import Reencode
 
     reencode = None
     if args.format or args.max_side:

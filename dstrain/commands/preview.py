@@ -19,8 +19,8 @@ from dstrain.config import DataConfig
 from dstrain.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from dstrain.data.index import ShardIndex
-    from dstrain.data.preview import Figures
+    from dstrain.data.preview.samples import Figures
+    from dstrain.data.shards.index import ShardIndex
 
 ABOUT = "draw samples of a dataset with their captions, and histograms of their sizes"
 
@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dstrain.data.dataset import Dataset, Source
-    from dstrain.data.preview import choose, measure, panel_counts, show, visible
+    from dstrain.data.media.resolution import Resolution
+    from dstrain.data.preview.samples import choose, measure, panel_counts, show, visible
+    from dstrain.data.preview.sheet import FORMATS, MAX_SAMPLES, Layout, draw_sheet
     from dstrain.data.reasons import ranked
-    from dstrain.data.resolution import Resolution
     from dstrain.data.selection import Clip, Wanted
-    from dstrain.data.shards import find_local, open_indexes
-    from dstrain.data.sheet import FORMATS, MAX_SAMPLES, Layout, draw_sheet
+    from dstrain.data.shards.catalog import find_local, open_indexes
 
     _check_out(args.out, FORMATS)
     if args.count > MAX_SAMPLES:
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
 
 def table(figures: "Figures") -> str:
     """Return the figures of the histograms, a line each."""
-    from dstrain.data.histograms import number, summary
+    from dstrain.data.preview.histograms import number, summary
 
     lines = [f"{len(figures.tokens):,} samples:".ljust(20) + "".join(f"{n:>10}" for n in "min median mean max".split())]
     values = {

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """Verify, print a line for each damage and a summary; return 1 if there is damage."""
     from tqdm import tqdm
 
-    from dstrain.data.shards import find_local
-    from dstrain.data.verify import verify_all
+    from dstrain.data.shards.catalog import find_local
+    from dstrain.data.shards.verify import verify_all
     from dstrain.storage import write_atomic
 
     paths = find_local(args.shards)

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.cache import Cache
-from dstrain.data.captions import captions_of
-from dstrain.data.index import Excluded, ShardIndex
-from dstrain.data.names import Content
+from dstrain.data.media.captions import captions_of
 from dstrain.data.plan import Part
 from dstrain.data.reader import ShardGone, ShardReader
 from dstrain.data.reasons import Reason, ranked
-from dstrain.data.remote import is_remote
+from dstrain.data.remote.cache import Cache
+from dstrain.data.remote.urls import is_remote
 from dstrain.data.selection import Selected, Wanted
-from dstrain.data.shards import find_shards, open_indexes
+from dstrain.data.shards.catalog import find_shards, open_indexes
+from dstrain.data.shards.index import Excluded, ShardIndex
+from dstrain.data.shards.names import Content
 from dstrain.errors import ConfigError, DataError
 
 _KEPT_ROWS = 1 << 20  # of the shards used last; they take about 200 bytes a row

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from dstrain.data.dataset import Dataset, File
-from dstrain.data.decode import decode
-from dstrain.data.names import Content
-from dstrain.data.operators import Operators, SampleRandom
+from dstrain.data.media.decode import decode
+from dstrain.data.media.operators import Operators, SampleRandom
+from dstrain.data.media.video import decode_video
 from dstrain.data.plan import Draw, Plan
 from dstrain.data.policy import Bad
 from dstrain.data.reasons import BadSample, ranked
-from dstrain.data.video import decode_video
+from dstrain.data.shards.names import Content
 from dstrain.errors import DataError
 
 _TRIES = 16  # other rows that are tried for one draw before the shards themselves are in doubt

@@ -90,6 +90,7 @@ class Mixture:
             quotas = np.maximum(1, np.floor(exact).astype(np.int64))
             rest = np.argsort(np.floor(exact) - exact, kind="stable")  # the largest remainders first
             quotas[rest[: max(0, _BLOCK - int(quotas.sum()))]] += 1
+            quotas[quotas.argmax()] -= max(0, int(quotas.sum()) - _BLOCK)  # what the smallest were given
             shares = quotas
         self.quotas = shares.astype(np.int64)
         self._ends = np.cumsum(self.quotas)

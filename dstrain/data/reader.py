@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.tar import read_at
+from dstrain.data.shards.tar import read_at
 from dstrain.errors import DataError
 
 _OPEN = 256  # files kept open

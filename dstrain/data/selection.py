@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dstrain.data.index import Excluded, ShardIndex
-from dstrain.data.keys import KeyTable
+from dstrain.data.media.resolution import MULTIPLE, Resolution
+from dstrain.data.media.video import clip_frames
 from dstrain.data.reasons import Reason
-from dstrain.data.resolution import MULTIPLE, Resolution
-from dstrain.data.video import clip_frames
+from dstrain.data.shards.index import Excluded, ShardIndex
+from dstrain.data.shards.keys import KeyTable
 from dstrain.errors import ConfigError
 
 _MAX_TEXT_TOKENS = 1024  # where text encoders cut

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dstrain.config import Recipe, load_recipe
 from dstrain.data import Dataset
-from dstrain.data.decode import decode
+from dstrain.data.media.decode import decode
 from dstrain.errors import DstrainError
 from dstrain.job import open_data, wanted_samples
 from dstrain.pipelines import PIPELINES

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from tiny_models import tiny_model_folder
 
-from dstrain.data.pack import pack
+from dstrain.data.packing.pack import pack
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(32, 32), (48, 32), (32, 64), (80, 48), (37, 50), (16, 96)]  # width, height

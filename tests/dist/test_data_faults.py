@@ -8,7 +8,7 @@ import pytest
 import yaml
 from small_runs import launch, losses, prepare_run
 
-from dstrain.data.index import load
+from dstrain.data.shards.index import load
 
 pytestmark = pytest.mark.dist
 

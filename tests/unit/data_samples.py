@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dstrain.data import Dataset, open_dataset
-from dstrain.data.resolution import Resolution
+from dstrain.data.media.resolution import Resolution
 from dstrain.data.selection import Wanted
 
 

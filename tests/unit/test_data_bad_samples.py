@@ -16,9 +16,9 @@ from data_samples import image_bytes, picture, write_tar
 from PIL import Image
 from test_data_decode import chunk, png_of
 
-from dstrain.data.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, caption_of, captions_of
 from dstrain.data.dataset import Dataset, open_dataset
-from dstrain.data.decode import decode
+from dstrain.data.media.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, caption_of, captions_of
+from dstrain.data.media.decode import decode
 from dstrain.data.reasons import BadSample, Reason
 
 # When a fault is noticed: the earliest names the reason.
@@ -228,11 +228,11 @@ def test_limits_of_captions() -> None:
 _BOMBS = """
 import resource, sys
 from pathlib import Path
-from dstrain.data.captions import captions_of
-from dstrain.data.decode import decode
-from dstrain.data.probe import probe
+from dstrain.data.media.captions import captions_of
+from dstrain.data.media.decode import decode
+from dstrain.data.media.probe import probe
 from dstrain.data.reasons import BadSample
-from dstrain.data.video import probe_video
+from dstrain.data.media.video import probe_video
 
 def attempt(path):
     data = path.read_bytes()

@@ -11,10 +11,10 @@ from data_samples import SIZES, mixed_dataset, picture, sample_members, write_ta
 
 from dstrain.data import Dataset, Plan, Source, open_dataset
 from dstrain.data import dataset as dataset_module
-from dstrain.data.index import ShardIndex
+from dstrain.data.media.resolution import Resolution
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.resolution import Resolution
 from dstrain.data.selection import Clip, Wanted
+from dstrain.data.shards.index import ShardIndex
 from dstrain.errors import ConfigError, DataError
 
 

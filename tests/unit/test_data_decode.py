@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dstrain.data.decode import CENTRE, Place, decode, load_rgb
-from dstrain.data.probe import MAX_IMAGE_BYTES, MAX_JPEG_SCANS, probe
+from dstrain.data.media.decode import CENTRE, Place, decode, load_rgb
+from dstrain.data.media.probe import MAX_IMAGE_BYTES, MAX_JPEG_SCANS, probe
+from dstrain.data.media.resolution import Resolution
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.resolution import Resolution
 
 LEFT, RIGHT, TOP, BOTTOM = Place(0.0), Place(1.0), Place(y=0.0), Place(y=1.0)
 

@@ -22,15 +22,15 @@ from data_samples import image_bytes, picture, sample_members, write_tar
 from PIL import Image
 
 from dstrain.data import open_dataset
-from dstrain.data.captions import captions_of
-from dstrain.data.index import ShardIndex
-from dstrain.data.names import Content
+from dstrain.data.media.captions import captions_of
 from dstrain.data.reader import ShardReader
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.scan import scan
-from dstrain.data.shards import find_shards, open_index
-from dstrain.data.tar import opened
-from dstrain.data.verify import verify
+from dstrain.data.shards.catalog import find_shards, open_index
+from dstrain.data.shards.index import ShardIndex
+from dstrain.data.shards.names import Content
+from dstrain.data.shards.scan import scan
+from dstrain.data.shards.tar import opened
+from dstrain.data.shards.verify import verify
 from dstrain.errors import DataError
 
 BLOCK = 512
@@ -333,7 +333,7 @@ def test_claims_of_size_take_no_memory(tmp_path: Path) -> None:
             file.write(content)
             file.truncate((1 << 33) + (1 << 20))  # 8 GiB, of which no byte is on disk
     code = (
-        "import resource, sys; from pathlib import Path; from dstrain.data.shards import open_index\n"
+        "import resource, sys; from pathlib import Path; from dstrain.data.shards.catalog import open_index\n"
         "from dstrain.errors import DataError\n"
         "def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = rss()\n"

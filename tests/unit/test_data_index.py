@@ -18,13 +18,13 @@ import pytest
 import xxhash
 from data_samples import picture, sample_members, write_tar
 
-from dstrain.data import index as index_module
-from dstrain.data.arrays import PART, ROW
-from dstrain.data.index import _PREFIX, SIDECAR, ShardIndex, dump, load, make
-from dstrain.data.keys import KeyTable
-from dstrain.data.names import Content
 from dstrain.data.reasons import Reason
-from dstrain.data.shards import open_index, renew_indexes, sidecar_of
+from dstrain.data.shards import index as index_module
+from dstrain.data.shards.arrays import PART, ROW
+from dstrain.data.shards.catalog import open_index, renew_indexes, sidecar_of
+from dstrain.data.shards.index import _PREFIX, SIDECAR, ShardIndex, dump, load, make
+from dstrain.data.shards.keys import KeyTable
+from dstrain.data.shards.names import Content
 from dstrain.errors import DataError
 
 

@@ -11,11 +11,11 @@ import torch
 from data_samples import SIZES, damage_row, mixed_dataset, picture, sample_members, write_tar
 
 from dstrain.data import Dataset, Loader, Plan, Sample, open_dataset
-from dstrain.data.decode import decode
-from dstrain.data.operators import Operators
+from dstrain.data.media.decode import decode
+from dstrain.data.media.operators import Operators
+from dstrain.data.media.resolution import Resolution
 from dstrain.data.policy import Bad, BadSamples
 from dstrain.data.reasons import Reason
-from dstrain.data.resolution import Resolution
 from dstrain.data.selection import Wanted
 from dstrain.errors import DataError
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dstrain.data.decode import CENTRE, Place
-from dstrain.data.operators import Operators, SampleRandom, Slot
+from dstrain.data.media.decode import CENTRE, Place
+from dstrain.data.media.operators import Operators, SampleRandom, Slot
 from dstrain.errors import ConfigError
 from dstrain.rng import Purpose, uniform, words
 

@@ -22,15 +22,15 @@ from data_samples import image_bytes, picture, sample_members, write_tar
 from PIL import Image, PngImagePlugin
 
 from dstrain import cli
-from dstrain.data import ledger as ledger_module
-from dstrain.data.index import SIDECAR
-from dstrain.data.items import Piece
-from dstrain.data.ledger import Ledger, Refused
-from dstrain.data.names import Content
-from dstrain.data.pack import LOCK, pack
-from dstrain.data.reencode import Reencode
-from dstrain.data.shards import open_index
-from dstrain.data.writer import ShardWriter
+from dstrain.data.packing import ledger as ledger_module
+from dstrain.data.packing.items import Piece
+from dstrain.data.packing.ledger import Ledger, Refused
+from dstrain.data.packing.pack import LOCK, pack
+from dstrain.data.packing.reencode import Reencode
+from dstrain.data.packing.writer import ShardWriter
+from dstrain.data.shards.catalog import open_index
+from dstrain.data.shards.index import SIDECAR
+from dstrain.data.shards.names import Content
 from dstrain.errors import ConfigError, DataError
 
 KINDS = [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("jpeg", "JPEG")]
@@ -895,7 +895,7 @@ def test_what_is_in_flight_is_bounded(size: int, bound: int) -> None:
 
 
 def pack_module_samples(items: Counted) -> Iterable[Any]:
-    from dstrain.data.pack import _samples
+    from dstrain.data.packing.pack import _samples
 
     return _samples(items, 0, None, workers=3)
 
@@ -912,7 +912,7 @@ def test_many_shards_do_not_slow_the_manifest(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json, "dumps", counted)
-        patch.setattr("dstrain.data.ledger.write_atomic", lambda path, data: None)
+        patch.setattr("dstrain.data.packing.ledger.write_atomic", lambda path, data: None)
         for number in range(1000):
             ledger.add(tmp_path / "shard-000000.tar", 3, 3 * number)
     assert calls == 2000

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dstrain.data import Draw, Plan
@@ -131,6 +131,7 @@ def test_an_epoch_holds_each_sample_as_often_as_its_source_says(case: tuple[Rows
 
 
 @given(st.lists(st.integers(1, 10**7), min_size=2, max_size=6), st.integers(0, 10**9))
+@example([1, 1, 131070], 0)
 @settings(max_examples=50, deadline=None)
 def test_sources_come_in_proportion_to_their_shares(shares: list[int], block: int) -> None:
     mixture = Mixture(np.array(shares), seed=1)

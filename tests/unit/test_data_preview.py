@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dstrain import cli
-from dstrain.data import preview
 from dstrain.data.dataset import Dataset, open_dataset
-from dstrain.data.preview import Figures, Shown, choose, histogram, histogram_edges, measure, show, visible
-from dstrain.data.resolution import Resolution
+from dstrain.data.media.resolution import Resolution
+from dstrain.data.preview import samples as preview
+from dstrain.data.preview.samples import Figures, Shown, choose, histogram, histogram_edges, measure, show, visible
+from dstrain.data.preview.sheet import MARGIN, WIDTH, Layout, draw_sheet
 from dstrain.data.selection import Clip, Wanted
-from dstrain.data.sheet import MARGIN, WIDTH, Layout, draw_sheet
 
 
 def plain(width: int, height: int, colour: tuple[int, int, int]) -> bytes:

@@ -26,11 +26,12 @@ from data_samples import sample_members, write_tar
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from dstrain.data import bounded, remote
-from dstrain.data.bounded import BoundedFolder
-from dstrain.data.cache import Cache
-from dstrain.data.remote import is_remote, list_remote, masked, retried
-from dstrain.data.shards import SIDECAR, open_index
+from dstrain.data.remote import bounded
+from dstrain.data.remote import urls as remote
+from dstrain.data.remote.bounded import BoundedFolder
+from dstrain.data.remote.cache import Cache
+from dstrain.data.remote.urls import is_remote, list_remote, masked, retried
+from dstrain.data.shards.catalog import SIDECAR, open_index
 from dstrain.errors import DataError
 from dstrain.storage import locked
 

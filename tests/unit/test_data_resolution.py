@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data.resolution import Resolution, colour
+from dstrain.data.media.resolution import Resolution, colour
 from dstrain.errors import ConfigError
 
 SIDE = st.integers(1, 1 << 15)

@@ -21,14 +21,15 @@ from data_samples import picture, sample_members, write_tar
 from PIL import Image
 
 from dstrain import cli
-from dstrain.data import processes, shards
-from dstrain.data.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, captions_of
-from dstrain.data.index import ShardIndex
-from dstrain.data.names import Content, column_of, split
-from dstrain.data.probe import MAX_IMAGE_BYTES
+from dstrain.data.media.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, captions_of
+from dstrain.data.media.probe import MAX_IMAGE_BYTES
 from dstrain.data.reasons import Reason, ranked
-from dstrain.data.scan import AGAIN, BESIDE
-from dstrain.data.shards import find_local, find_shards, open_index, open_indexes, sidecar_of
+from dstrain.data.shards import catalog as shards
+from dstrain.data.shards import processes
+from dstrain.data.shards.catalog import find_local, find_shards, open_index, open_indexes, sidecar_of
+from dstrain.data.shards.index import ShardIndex
+from dstrain.data.shards.names import Content, column_of, split
+from dstrain.data.shards.scan import AGAIN, BESIDE
 from dstrain.errors import DataError
 from dstrain.storage import locked
 
@@ -339,7 +340,7 @@ def test_hidden_files_are_no_samples_in_any_folder(name: str) -> None:
 GREEDY = """
 import os, resource, sys, time
 from pathlib import Path
-from dstrain.data.shards import open_index
+from dstrain.data.shards.catalog import open_index
 open_index(Path(sys.argv[1]))
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 index = open_index(Path(sys.argv[2]))

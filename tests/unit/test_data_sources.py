@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from data_samples import picture, sample_members, write_tar
 
-from dstrain.data.items import FileItem
+from dstrain.data.packing.items import FileItem
+from dstrain.data.packing.sources import Listing, find_items
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.sources import Listing, find_items
 from dstrain.errors import DataError
 
 Parts = dict[str, bytes]

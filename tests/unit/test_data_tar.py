@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_samples import sample_members, write_tar
 
-from dstrain.data.tar import Kind, Member, TarDamage, members, next_header, opened
+from dstrain.data.shards.tar import Kind, Member, TarDamage, members, next_header, opened
 from dstrain.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -11,10 +11,10 @@ from data_samples import picture, sample_members, write_tar
 from test_data_shards import video
 
 from dstrain import cli
-from dstrain.data import processes
 from dstrain.data.reasons import Reason
-from dstrain.data.shards import open_index, sidecar_of
-from dstrain.data.verify import (
+from dstrain.data.shards import processes
+from dstrain.data.shards.catalog import open_index, sidecar_of
+from dstrain.data.shards.verify import (
     INDEX,
     LOST,
     NO_INDEX,

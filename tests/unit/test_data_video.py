@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data import containers, video
-from dstrain.data.decode import Place
+from dstrain.data.media import containers, video
+from dstrain.data.media.decode import Place
+from dstrain.data.media.timing import available_frames
+from dstrain.data.media.video import clip_frames, decode_video, probe_video
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.timing import available_frames
-from dstrain.data.video import clip_frames, decode_video, probe_video
 from dstrain.errors import DataError
 
 av = pytest.importorskip("av")

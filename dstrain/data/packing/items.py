@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dstrain.data.captions import MAX_CAPTION_BYTES, captions_of, clean
-from dstrain.data.containers import MAX_VIDEO_BYTES
-from dstrain.data.index import ShardIndex
-from dstrain.data.names import VIDEO_KINDS, Content
-from dstrain.data.probe import MAX_IMAGE_BYTES
+from dstrain.data.media.captions import MAX_CAPTION_BYTES, captions_of, clean
+from dstrain.data.media.containers import MAX_VIDEO_BYTES
+from dstrain.data.media.probe import MAX_IMAGE_BYTES
 from dstrain.data.reader import ShardReader
 from dstrain.data.reasons import BadSample, Reason
+from dstrain.data.shards.index import ShardIndex
+from dstrain.data.shards.names import VIDEO_KINDS, Content
 
 _MAX_OPAQUE_BYTES = 1 << 30  # of a member of a tar that is neither picture, video nor text
 

@@ -12,9 +12,9 @@ from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 
-from dstrain.data.histograms import FAINT, GREY, INK, draw_histograms
-from dstrain.data.histograms import HEIGHT as HISTOGRAMS_HEIGHT
-from dstrain.data.preview import Figures, Panel, Shown, fitted, visible
+from dstrain.data.preview.histograms import FAINT, GREY, INK, draw_histograms
+from dstrain.data.preview.histograms import HEIGHT as HISTOGRAMS_HEIGHT
+from dstrain.data.preview.samples import Figures, Panel, Shown, fitted, visible
 from dstrain.storage import write_atomic
 
 FORMATS = (".png", ".jpg", ".pdf", ".svg")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from dstrain.data.shards import open_index
+from dstrain.data.shards.catalog import open_index
 from dstrain.storage import fsync_dir, fsync_file
 
 MAX_NAME = tarfile.LENGTH_NAME  # bytes of a member's name in a plain tar header

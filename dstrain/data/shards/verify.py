@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.decode import load_rgb
-from dstrain.data.index import ShardIndex, load
-from dstrain.data.keys import KeyLog
-from dstrain.data.names import Content, split
-from dstrain.data.probe import probe
-from dstrain.data.processes import each
+from dstrain.data.media.decode import load_rgb
+from dstrain.data.media.probe import probe
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.scan import AGAIN, BESIDE, Part, caption_bytes, member_digest, read_part, shard_digest
-from dstrain.data.shards import sidecar_of
-from dstrain.data.tar import Kind, Member, TarDamage, members, next_header, opened
+from dstrain.data.shards.catalog import sidecar_of
+from dstrain.data.shards.index import ShardIndex, load
+from dstrain.data.shards.keys import KeyLog
+from dstrain.data.shards.names import Content, split
+from dstrain.data.shards.processes import each
+from dstrain.data.shards.scan import AGAIN, BESIDE, Part, caption_bytes, member_digest, read_part, shard_digest
+from dstrain.data.shards.tar import Kind, Member, TarDamage, members, next_header, opened
 from dstrain.errors import DataError
 
 UNREADABLE = "unreadable"  # the file cannot be opened or read
@@ -172,7 +172,7 @@ class _Check:
             assert part.data is not None
             load_rgb(part.data, probe(part.data))
         elif part.content is Content.VIDEO:
-            from dstrain.data.video import decode_video
+            from dstrain.data.media.video import decode_video
 
             assert part.data is not None
             for start in (0.0, 1 - 2**-20):  # the first frame and the last

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
-from dstrain.data.decode import CENTRE, Place
+from dstrain.data.media.decode import CENTRE, Place
 from dstrain.errors import ConfigError
 from dstrain.rng import Purpose, words
 

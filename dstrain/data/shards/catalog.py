@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dstrain.data.index import SIDECAR, ShardIndex, dump, load
-from dstrain.data.processes import each
-from dstrain.data.remote import is_remote, list_remote
-from dstrain.data.scan import scan
-from dstrain.data.tar import opened, regular
+from dstrain.data.remote.urls import is_remote, list_remote
+from dstrain.data.shards.index import SIDECAR, ShardIndex, dump, load
+from dstrain.data.shards.processes import each
+from dstrain.data.shards.scan import scan
+from dstrain.data.shards.tar import opened, regular
 from dstrain.errors import DataError
 from dstrain.storage import locked, write_atomic
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.arrays import MAX_COLUMNS
-from dstrain.data.items import FileItem, is_blank
-from dstrain.data.names import IMAGE_KINDS, VIDEO_KINDS
+from dstrain.data.packing.items import FileItem, is_blank
 from dstrain.data.reasons import Reason
+from dstrain.data.shards.arrays import MAX_COLUMNS
+from dstrain.data.shards.names import IMAGE_KINDS, VIDEO_KINDS
 from dstrain.errors import DataError, did_you_mean
 
 NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")

@@ -14,14 +14,14 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from dstrain.data.arrays import MAX_COLUMNS
-from dstrain.data.index import ShardIndex
-from dstrain.data.items import FileItem, Item, TarItem
-from dstrain.data.names import IMAGE_KINDS, UNREAD_IMAGE_KINDS, UNREAD_VIDEO_KINDS, VIDEO_KINDS
+from dstrain.data.packing.items import FileItem, Item, TarItem
+from dstrain.data.packing.tables import NAMES, read_table
 from dstrain.data.reader import ShardReader
 from dstrain.data.reasons import Reason
-from dstrain.data.shards import find_shards, open_indexes
-from dstrain.data.tables import NAMES, read_table
+from dstrain.data.shards.arrays import MAX_COLUMNS
+from dstrain.data.shards.catalog import find_shards, open_indexes
+from dstrain.data.shards.index import ShardIndex
+from dstrain.data.shards.names import IMAGE_KINDS, UNREAD_IMAGE_KINDS, UNREAD_VIDEO_KINDS, VIDEO_KINDS
 from dstrain.errors import DataError
 
 _PACKED_KINDS = frozenset((*IMAGE_KINDS, "jfif", *VIDEO_KINDS))  # .jfif is how some browsers save a JPEG

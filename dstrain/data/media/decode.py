@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dstrain.data.probe import Header, probe
+from dstrain.data.media.probe import Header, probe
+from dstrain.data.media.resolution import MULTIPLE, Fit
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.resolution import MULTIPLE, Fit
 
 RGB = tuple[int, int, int]
 WHITE: RGB = (255, 255, 255)

@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from dstrain.data.dataset import Dataset, File, Raw
-from dstrain.data.decode import decode
-from dstrain.data.names import Content
+from dstrain.data.media.decode import decode
+from dstrain.data.media.resolution import Fit
+from dstrain.data.media.video import decode_video
 from dstrain.data.reasons import BadSample
-from dstrain.data.resolution import Fit
 from dstrain.data.selection import Selected
-from dstrain.data.video import decode_video
+from dstrain.data.shards.names import Content
 from dstrain.rng import Purpose, words
 
 VIDEO_FRAMES = 3  # that are shown of a video: the first, the middle and the last

@@ -16,15 +16,23 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from dstrain.data.arrays import MAX_COLUMNS, PART, ROW
-from dstrain.data.captions import MAX_JSON_BYTES, captions_of, check_length
-from dstrain.data.containers import MAX_VIDEO_BYTES
-from dstrain.data.index import ShardIndex, make
-from dstrain.data.keys import KeyLog
-from dstrain.data.names import CAPTIONS, UNREAD_IMAGE_KINDS, UNREAD_VIDEO_KINDS, Content, column_of, is_safe, split
-from dstrain.data.probe import check_bytes, probe
+from dstrain.data.media.captions import MAX_JSON_BYTES, captions_of, check_length
+from dstrain.data.media.containers import MAX_VIDEO_BYTES
+from dstrain.data.media.probe import check_bytes, probe
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.tar import Kind, Member, members, read_at
+from dstrain.data.shards.arrays import MAX_COLUMNS, PART, ROW
+from dstrain.data.shards.index import ShardIndex, make
+from dstrain.data.shards.keys import KeyLog
+from dstrain.data.shards.names import (
+    CAPTIONS,
+    UNREAD_IMAGE_KINDS,
+    UNREAD_VIDEO_KINDS,
+    Content,
+    column_of,
+    is_safe,
+    split,
+)
+from dstrain.data.shards.tar import Kind, Member, members, read_at
 from dstrain.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -106,7 +114,7 @@ def read_part(fd: int, member: Member, extension: str) -> Part:
     if content is Content.IMAGE:
         (part.width, part.height), part.frames = probe(data).size, 1
     elif content is Content.VIDEO:
-        from dstrain.data.video import probe_video  # PyAV is loaded only where there are videos
+        from dstrain.data.media.video import probe_video  # PyAV is loaded only where there are videos
 
         header = probe_video(data)
         part.width, part.height, part.frames, part.fps = header.width, header.height, header.frames, header.fps

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dstrain.data.preview import Figures, histogram, histogram_edges
+from dstrain.data.preview.samples import Figures, histogram, histogram_edges
 
 HEIGHT = 560  # pixels that the four take
 INK, GREY, FAINT, BLUE = "#1f2430", "#6b7280", "#d9dde3", "#2563c9"

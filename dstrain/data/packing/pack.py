@@ -15,13 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dstrain.data.items import Item
-from dstrain.data.ledger import REFUSED, Ledger, PackReport, Refused
-from dstrain.data.members import Packed, prepare
+from dstrain.data.packing.items import Item
+from dstrain.data.packing.ledger import REFUSED, Ledger, PackReport, Refused
+from dstrain.data.packing.members import Packed, prepare
+from dstrain.data.packing.reencode import Reencode
+from dstrain.data.packing.sources import Items, find_items
+from dstrain.data.packing.writer import ShardWriter
 from dstrain.data.reasons import BadSample, ranked
-from dstrain.data.reencode import Reencode
-from dstrain.data.sources import Items, find_items
-from dstrain.data.writer import ShardWriter
 from dstrain.errors import DataError
 from dstrain.storage import locked
 

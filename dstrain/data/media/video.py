@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dstrain.data.containers import MAX_VIDEO_BYTES as MAX_VIDEO_BYTES
-from dstrain.data.containers import MAX_VIDEO_FRAMES, checked
-from dstrain.data.decode import CENTRE, EXCHANGED, Place, shape
+from dstrain.data.media.containers import MAX_VIDEO_BYTES as MAX_VIDEO_BYTES
+from dstrain.data.media.containers import MAX_VIDEO_FRAMES, checked
+from dstrain.data.media.decode import CENTRE, EXCHANGED, Place, shape
+from dstrain.data.media.resolution import Fit
+from dstrain.data.media.timing import Timing, available_frames
+from dstrain.data.media.timing import clip_frames as clip_frames
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.resolution import Fit
-from dstrain.data.timing import Timing, available_frames
-from dstrain.data.timing import clip_frames as clip_frames
 from dstrain.errors import DataError
 
 MAX_FRAME_PIXELS = 1 << 25  # 8K; a decoder holds up to 16 frames, of 50 MB then

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import xxhash
 
-from dstrain.data.bounded import BoundedFolder
-from dstrain.data.index import SIDECAR, ShardIndex, dump, load
-from dstrain.data.remote import Unreachable, chunks, masked, read_start, retried, size_of
-from dstrain.data.scan import scan
+from dstrain.data.remote.bounded import BoundedFolder
+from dstrain.data.remote.urls import Unreachable, chunks, masked, read_start, retried, size_of
+from dstrain.data.shards.index import SIDECAR, ShardIndex, dump, load
+from dstrain.data.shards.scan import scan
 from dstrain.errors import DataError
 from dstrain.storage import write_atomic
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from PIL import Image
 
-from dstrain.data.decode import UPRIGHT, load_rgb
-from dstrain.data.probe import Header
+from dstrain.data.media.decode import UPRIGHT, load_rgb
+from dstrain.data.media.probe import Header
 from dstrain.data.reasons import BadSample, Reason
 from dstrain.errors import ConfigError
 

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dstrain.data.arrays import MAX_COLUMNS, PART, ROW, ColumnStats, column_stats, fault
-from dstrain.data.keys import KeyTable
 from dstrain.data.reasons import Reason
-from dstrain.data.tar import read_at
+from dstrain.data.shards.arrays import MAX_COLUMNS, PART, ROW, ColumnStats, column_stats, fault
+from dstrain.data.shards.keys import KeyTable
+from dstrain.data.shards.tar import read_at
 from dstrain.errors import DataError
 
 log = logging.getLogger(__name__)

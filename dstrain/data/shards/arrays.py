@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dstrain.data.captions import MAX_JSON_BYTES
-from dstrain.data.containers import MAX_VIDEO_BYTES
-from dstrain.data.names import CAPTIONS, Content
-from dstrain.data.probe import MAX_IMAGE_BYTES, MAX_IMAGE_SIDE
+from dstrain.data.media.captions import MAX_JSON_BYTES
+from dstrain.data.media.containers import MAX_VIDEO_BYTES
+from dstrain.data.media.probe import MAX_IMAGE_BYTES, MAX_IMAGE_SIDE
+from dstrain.data.shards.names import CAPTIONS, Content
 
 MAX_COLUMNS = 256  # of a shard; more is a sign that dots in names were taken for extensions
 _NONE = 1 << 62  # least of nothing; a column has at least one row

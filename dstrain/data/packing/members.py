@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dstrain.data.decode import load_rgb
-from dstrain.data.items import Item, Piece
-from dstrain.data.names import Content
-from dstrain.data.probe import probe
+from dstrain.data.media.decode import load_rgb
+from dstrain.data.media.probe import probe
+from dstrain.data.media.resolution import MULTIPLE
+from dstrain.data.packing.items import Item, Piece
+from dstrain.data.packing.reencode import FORMATS, Reencode
+from dstrain.data.packing.writer import MAX_NAME
 from dstrain.data.reasons import BadSample, Reason
-from dstrain.data.reencode import FORMATS, Reencode
-from dstrain.data.resolution import MULTIPLE
-from dstrain.data.writer import MAX_NAME
+from dstrain.data.shards.names import Content
 
 _SLUG_LENGTH = 60
 _EXTENSIONS = {name: extension for extension, name in FORMATS.items()}
@@ -53,7 +53,7 @@ def _member(part: Piece, reencode: Reencode | None) -> tuple[str, bytes]:
         return part.column, part.data
     content, kind, data = part.content, "", part.data
     if content is Content.VIDEO and not _is_picture(data):
-        from dstrain.data.video import probe_video  # PyAV is loaded only where there are videos
+        from dstrain.data.media.video import probe_video  # PyAV is loaded only where there are videos
 
         video = probe_video(data)
         kind, width, height = _container(data), video.width, video.height

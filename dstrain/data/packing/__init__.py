@@ -1,0 +1,1 @@
+"""`dstrain pack`: from pictures, tables and tars to shards."""

@@ -1,0 +1,1 @@
+"""`dstrain preview`: a contact sheet and histograms."""

@@ -1,0 +1,1 @@
+"""Shards behind URLs: listed, fetched, and kept on the node."""

@@ -1,0 +1,1 @@
+"""Shards on this machine: tar files, their indexes, and what can be wrong with them."""
