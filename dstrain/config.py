@@ -238,6 +238,14 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree of sections by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return values
+
+
 def describe(cls: type = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
     """Return (dotted key, default, what it is) of every knob, for `--help` and the docs."""
     rows: list[tuple[str, str, str]] = []

@@ -157,7 +157,18 @@ def open_data(data: DataConfig, wanted: Wanted) -> Dataset:
     if any(is_remote(entry) for shards in (data.shards, *(s.shards for s in sources.values())) for entry in shards):
         folder = Path(data.cache_dir).expanduser() if data.cache_dir else user_cache() / "shards"
         cache = Cache(folder, int(data.cache_gb * 1e9))
-    return open_dataset(sources or data.shards, wanted, cache=cache, workers=os.cpu_count() or 1, progress=True)
+    dataset = open_dataset(sources or data.shards, wanted, cache=cache, workers=os.cpu_count() or 1, progress=True)
+    if dataset.is_remote:
+        size = sum(index.size for index in dataset.indexes)
+        window = size * min(1.0, data.shuffle_window / len(dataset))  # on average
+        if data.cache_gb * 1e9 < min(size, 2 * window):
+            log.warning(
+                "data.cache_gb = %g holds less than two windows' shards (about %.3g GB): they will be fetched again and"
+                " again; raise it, or lower data.shuffle_window",
+                data.cache_gb,
+                2 * window / 1e9,
+            )
+    return dataset
 
 
 def encoder_dtype(job: Job) -> torch.dtype:

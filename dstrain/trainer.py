@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dstrain.config import to_dict
+from dstrain.config import flat, to_dict
 from dstrain.data.loader import Loader, Pack, Sample
 from dstrain.data.media.operators import Operators
 from dstrain.data.media.resolution import colour
-from dstrain.data.policy import Bad, BadSamples
+from dstrain.data.policy import Bad, BadSamples, read_quarantine
 from dstrain.engine import checkpoint, distributed
 from dstrain.engine.distributed import World
 from dstrain.engine.ds_config import stage
@@ -77,7 +77,8 @@ class Trainer:
             pin=world.device.type == "cuda",
         )
         quarantine = Path(recipe.run_dir) / "bad_samples.jsonl"
-        self.bad = BadSamples(data.max_bad_samples, data.max_consecutive_bad, quarantine)
+        known = distributed.share(list(read_quarantine(quarantine).items()) if world.is_main else [])
+        self.bad = BadSamples(data.max_bad_samples, data.max_consecutive_bad, quarantine, dict(known))
         # What must be the same for a checkpoint to be continued exactly.
         self.facts = {
             "world_size": world.size,
@@ -86,9 +87,10 @@ class Trainer:
             "seed": recipe.seed,
             "global_batch_size": recipe.batch.global_batch_size,
             "data": job.dataset.digest,
+            "shuffle_window": data.shuffle_window,
             "parameters": sum(s.numel() for s in job.shapes.values()),
         }
-        distributed.check_agreement({**self.facts, "steps": recipe.train.steps, "save_every": recipe.train.save_every})
+        distributed.check_agreement({**self.facts, **flat(to_dict(recipe))})
         self.first_step = self._resume(resume)
 
     def run(self) -> bool:
@@ -156,8 +158,9 @@ class Trainer:
         sums = torch.zeros(4 + 2 * SIGMA_BINS, dtype=torch.float64)
         encode_s = 0.0
         micro_steps = 0
+        bad: list[Bad] = []
         for pack, last in _with_last(self.loader.step(step)):
-            samples = self._agreed(pack)
+            samples = self._agreed(pack, bad)
             micro_steps += 1
             before = time.perf_counter()
             encoded = self.pipeline.pack(self._encode(samples))
@@ -175,6 +178,7 @@ class Trainer:
             sums[1] += encoded.layout.tokens
             sums[2] += 3 * self.engine.module.forward_flops(encoded.layout)
             sums[4:] += sigma_bins(per_sample, losses.sigmas.cpu()).flatten()
+        self._count(bad)
         sums[3] = self._stop
         sums = distributed.sum_over_ranks(sums.to(self.world.device)).cpu()
         loss, tokens, flops, stopping = sums[:4].tolist()
@@ -205,17 +209,22 @@ class Trainer:
             **memory(self.world.device),
         }
 
-    def _agreed(self, pack: Pack) -> list[Sample]:
-        """Return a pack's samples, or raise on all ranks what happened to the data on any of them."""
+    def _agreed(self, pack: Pack, bad: list[Bad]) -> list[Sample]:
+        """Return a pack's samples, adding to `bad` those of all ranks; or raise on all what happened on any."""
         found = distributed.share([*pack.bad, *([str(pack.error)] if pack.error else [])])
+        bad += [item for item in found if isinstance(item, Bad)]
         errors = [item for item in found if isinstance(item, str)]
-        try:
-            self.bad.record([item for item in found if isinstance(item, Bad)], write=self.world.is_main)
-        except DataError as error:
-            errors.insert(0, str(error))
         if errors:
+            self._count(bad)
             raise _DataStop(errors[0])
         return pack.samples
+
+    def _count(self, bad: list[Bad]) -> None:
+        """Count the bad samples of a step, of all its micro-steps: whose draws lie anywhere in the global batch."""
+        try:
+            self.bad.record(bad, write=self.world.is_main)
+        except DataError as error:
+            raise _DataStop(str(error)) from None
 
     def _halted(self, step: int, what: str) -> str:
         return (
@@ -252,7 +261,12 @@ class Trainer:
             return 0
         if resume != "auto" and (problem := checkpoint.damage(path)):
             raise CheckpointError(f"--resume {resume}: {problem}")
-        checkpoint.check_facts(checkpoint.read_manifest(path), self.facts, path)
+        manifest = checkpoint.read_manifest(path)
+        checkpoint.check_facts(manifest, self.facts, path)
+        if self.world.is_main:
+            then, now = flat(manifest.get("recipe", {})), flat(to_dict(self.recipe))
+            for key in sorted(key for key in now if key in then and then[key] != now[key]):
+                log.info("changed since the checkpoint: %s = %s, was %s", key, now[key], then[key])
         checkpoint.set_aside_newer(path)
         step = checkpoint.load(self.engine, path)
         if self.world.is_main:

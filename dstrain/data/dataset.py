@@ -89,6 +89,7 @@ class Dataset:
         self._reader = ShardReader()
         self._lock = threading.Lock()
         self._selected: OrderedDict[int, Selected] = OrderedDict()
+        self._kept = 0  # rows in them
         counts = np.array([self._count(index) for index in self.indexes], np.int64)
         self._ends = np.cumsum(counts)
         edges = np.cumsum([0, *(len(indexes) for _, indexes in sources)])
@@ -192,9 +193,11 @@ class Dataset:
                 return selected
         selected = self.wanted.select(self.indexes[number])  # two threads may do it at once: the same comes out
         with self._lock:
+            if number not in self._selected:
+                self._kept += len(selected)
             self._selected[number] = selected
-            while len(self._selected) > 1 and sum(map(len, self._selected.values())) > _KEPT_ROWS:
-                self._selected.popitem(last=False)
+            while len(self._selected) > 1 and self._kept > _KEPT_ROWS:
+                self._kept -= len(self._selected.popitem(last=False)[1])
         return selected
 
     def _local(self, index: ShardIndex) -> Path:

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 _ROUNDS = 64  # swaps a micro-step at most, and one more for every two ranks
+_TRIES = 64  # full packs that are passed over for one item
 _PARTNERS = 32  # packs that the costliest one may swap with
 _EVEN = 1.005  # costliest pack over the mean: nothing is gained below
 
@@ -22,7 +23,7 @@ def deal(tokens: np.ndarray, costs: np.ndarray, *, ranks: int, capacity: int) ->
     fullest that has room (best fit decreasing, Johnson 1973) where that does not either; then swaps between the
     costliest pack of a micro-step and the others of it.
     """
-    micros = max(1, -(-int(tokens.sum()) // (ranks * capacity)))
+    micros = -(-_bins(tokens, capacity) // ranks)
     while True:
         assert micros <= max(1, len(tokens) // ranks), "the caller has seen to it that one sample a pack fits"
         bins = micros * ranks
@@ -44,13 +45,16 @@ def _longest_first(weights: np.ndarray, tokens: np.ndarray, bins: int, capacity:
     """Put each item into the least loaded bin that has room for it; None if one finds no room."""
     weight, token = weights.tolist(), tokens.tolist()
     loads = [(0, number) for number in range(bins)]
+    least = min(token)
     packs: list[list[int]] = [[] for _ in range(bins)]
     room = [capacity] * bins
     for place in np.argsort(-weights, kind="stable").tolist():
         full = []
         while loads and room[loads[0][1]] < token[place]:
-            full.append(heapq.heappop(loads))
-        if not loads:
+            entry = heapq.heappop(loads)
+            if room[entry[1]] >= least:
+                full.append(entry)
+        if not loads or len(full) > _TRIES:
             return None
         load, number = loads[0]
         packs[number].append(place)
@@ -59,6 +63,15 @@ def _longest_first(weights: np.ndarray, tokens: np.ndarray, bins: int, capacity:
         for entry in full:
             heapq.heappush(loads, entry)
     return packs
+
+
+def _bins(tokens: np.ndarray, capacity: int) -> int:
+    """Return the bins that best fit decreasing takes: where the search for fewer micro-steps begins."""
+    rooms: list[int] = []
+    for token in np.sort(tokens)[::-1].tolist():
+        at = bisect_left(rooms, token)
+        insort(rooms, (rooms.pop(at) if at < len(rooms) else capacity) - token)
+    return max(1, len(rooms))
 
 
 def _best_fit(tokens: np.ndarray, bins: int, capacity: int) -> list[list[int]] | None:

@@ -1,5 +1,6 @@
 """Decoded samples in the order of the plan, read ahead by threads."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from dstrain.data.policy import Bad
 from dstrain.data.reasons import BadSample, ranked
 from dstrain.data.shards.names import Content
 from dstrain.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _TRIES = 16  # other rows that are tried for one draw before the shards themselves are in doubt
 _AHEAD = 8  # samples read ahead for each worker; a decoded picture of 1 Mpixel takes 3 MB
@@ -177,6 +180,9 @@ class Loader:
                     bad.append(Bad(draw.draw, shard, key, error.reason, str(error)))
         except DataError as error:
             return _Fetched(None, bad, error)
+        except Exception as error:  # out of memory, say: the ranks are to stop together all the same
+            log.exception("draw %d cannot be read", draw.draw)
+            return _Fetched(None, bad, DataError(f"draw {draw.draw} cannot be read: {type(error).__name__}: {error}"))
         return _Fetched(None, bad, _none_left(bad))
 
     def _decode(self, row: int, draw: int) -> Sample:

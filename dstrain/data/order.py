@@ -4,6 +4,7 @@ Nothing is drawn, consumed or remembered. Memory is that of a window, never that
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -77,40 +78,47 @@ class SourceOrder:
 
 
 class Mixture:
-    """Which source each draw comes from: exactly in proportion over every block, in random order within it.
+    """Which source each draw comes from: in random order, and in proportion over every block.
 
-    shares: relative amounts, one a source. If they add up to at most 65,536 a block is as long as they say, so with
-    the rows of each source (times its repeats) a block is one epoch; else a block has 65,536 draws.
+    shares: relative amounts, one a source. A block is as many draws as they add up to, or about 65,536 if that is less:
+    then what a source is owed over all blocks so far is rounded down, so that at the end of a block no source is behind
+    its share by a whole draw. If the shares are the rows of each source (times repeats), a short block is one epoch.
     """
 
-    def __init__(self, shares: np.ndarray, *, seed: int) -> None:
-        total = int(shares.sum())
-        if total > _BLOCK:
-            exact = shares * (_BLOCK / total)
-            quotas = np.maximum(1, np.floor(exact).astype(np.int64))
-            rest = np.argsort(np.floor(exact) - exact, kind="stable")  # the largest remainders first
-            quotas[rest[: max(0, _BLOCK - int(quotas.sum()))]] += 1
-            quotas[quotas.argmax()] -= max(0, int(quotas.sum()) - _BLOCK)  # what the smallest were given
-            shares = quotas
-        self.quotas = shares.astype(np.int64)
-        self._ends = np.cumsum(self.quotas)
+    def __init__(self, shares: Sequence[int], *, seed: int) -> None:
+        self._shares = [int(share) for share in shares]
+        self._total = sum(self._shares)
+        self._size = min(self._total, _BLOCK)
         self._seed = seed
         self._block = lru_cache(maxsize=2)(self._deal)
 
     def numbers(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return, for draws [first, first + count), the source of each and its running number in it, int64 [count]."""
-        if len(self.quotas) == 1:
+        if len(self._shares) == 1:
             return np.zeros(count, np.int64), np.arange(first, first + count)
-        size = int(self._ends[-1])
-        blocks = range(first // size, (first + count - 1) // size + 1)
-        source, number = (np.concatenate(parts) for parts in zip(*(self._block(block) for block in blocks)))
-        begin = first - blocks[0] * size
-        return source[begin : begin + count], number[begin : begin + count]
+        block = first // self._size
+        while sum(self._begins(block + 1)) <= first:  # rounding down puts a block a few draws before its multiple
+            block += 1
+        begin = sum(self._begins(block))
+        sources, numbers, length = [], [], 0
+        while length < first - begin + count:
+            source, number = self._block(block)
+            sources.append(source)
+            numbers.append(number)
+            length, block = length + len(source), block + 1
+        part = slice(first - begin, first - begin + count)
+        return np.concatenate(sources)[part], np.concatenate(numbers)[part]
+
+    def _begins(self, block: int) -> list[int]:
+        """Return the running number of each source at which a block begins."""
+        return [block * self._size * share // self._total for share in self._shares]
 
     def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        slots = shuffled(self._seed, int(self._ends[-1]), Purpose.SOURCE, (block >> 32, block))
-        source = np.searchsorted(self._ends, slots, side="right")
+        begins, ends = np.array(self._begins(block)), np.array(self._begins(block + 1))
+        edges = np.cumsum(ends - begins)
+        slots = shuffled(self._seed, int(edges[-1]), Purpose.SOURCE, (block >> 32, block))
+        source = np.searchsorted(edges, slots, side="right")
         number = np.empty_like(source)
-        for k, quota in enumerate(self.quotas.tolist()):
-            number[source == k] = block * quota + np.arange(quota)
+        for k in np.flatnonzero(ends > begins).tolist():
+            number[source == k] = np.arange(begins[k], ends[k])
         return source, number

@@ -97,7 +97,7 @@ class Plan:
         self.attention_length = attention_length
         self.window = window
         self._rows = rows
-        self._mixture = Mixture(np.array([part.share for part in rows.parts]), seed=seed)
+        self._mixture = Mixture([part.share for part in rows.parts], seed=seed)
         self._orders = [
             SourceOrder(part.counts, seed=seed, window=window, source=k) for k, part in enumerate(rows.parts)
         ]

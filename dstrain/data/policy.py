@@ -5,7 +5,7 @@ Every rank is told of the bad samples of all ranks, in the global order, so that
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,23 +30,29 @@ class BadSamples:
     """The bad samples that a run has met, each counted and written once as a JSON line to `quarantine` (if given).
 
     limit: different bad samples at which the run stops. consecutive: draws in a row whose sample is bad.
-    What the quarantine file holds already counts: a run that continues does not start from nothing.
+    known: what `read_quarantine` gave; it counts already: a run that continues does not start from nothing.
     """
 
-    def __init__(self, limit: int, consecutive: int, quarantine: Path | None = None) -> None:
+    def __init__(
+        self,
+        limit: int,
+        consecutive: int,
+        quarantine: Path | None = None,
+        known: Mapping[tuple[str, str], Reason] | None = None,
+    ) -> None:
         self.limit, self.consecutive, self.quarantine = limit, consecutive, quarantine
-        self._reasons = _known(quarantine) if quarantine is not None else {}
+        self._reasons = dict(known or {})
         self._last, self._run = -1, 0  # the last bad draw, and how many in a row end with it
 
     def __len__(self) -> int:
         return len(self._reasons)
 
     def record(self, found: Sequence[Bad], *, write: bool) -> None:
-        """Count the bad samples of a step, of all ranks; `write` (on one rank) writes the new ones down.
+        """Count the bad samples of a whole step, of all ranks; `write` (on one rank) writes the new ones down.
 
         Raises DataError, the same on every rank, when a limit is passed.
         """
-        new = []
+        new, passed = [], ""
         for bad in sorted(found, key=lambda b: b.draw):
             if bad.draw != self._last:
                 self._run = self._run + 1 if bad.draw == self._last + 1 else 1
@@ -54,21 +60,23 @@ class BadSamples:
             if (bad.shard, bad.key) not in self._reasons:
                 self._reasons[bad.shard, bad.key] = bad.reason
                 new.append(bad)
-            if self._run > self.consecutive or len(self._reasons) > self.limit:
+            if self._run > self.consecutive:
+                passed = (
+                    f"{self._run} draws in a row met bad samples, more than data.max_consecutive_bad = "
+                    f"{self.consecutive} ({ranked(b.reason for b in found)}), the last being {bad.key!r} of {bad.shard}"
+                    f"{self.where()}; check the shards with `dstrain verify`"
+                )
+            elif len(self._reasons) > self.limit:
+                passed = (
+                    f"{len(self._reasons)} bad samples are more than data.max_bad_samples = {self.limit} "
+                    f"({ranked(self._reasons.values())}){self.where()}; repair the shards or raise the limit"
+                )
+            if passed:
                 break
         if write and new:
             self._write(new)
-        if self._run > self.consecutive:
-            raise DataError(
-                f"{self._run} draws in a row met bad samples, more than data.max_consecutive_bad = {self.consecutive} "
-                f"({ranked(bad.reason for bad in found)}), the last being {found[-1].key!r} of {found[-1].shard}"
-                f"{self.where()}; check the shards with `dstrain verify`"
-            )
-        if len(self._reasons) > self.limit:
-            raise DataError(
-                f"{len(self._reasons)} bad samples are more than data.max_bad_samples = {self.limit} "
-                f"({ranked(self._reasons.values())}){self.where()}; repair the shards or raise the limit"
-            )
+        if passed:
+            raise DataError(passed)
 
     def where(self) -> str:
         """Say where the bad samples are listed, for the end of a message."""
@@ -77,19 +85,23 @@ class BadSamples:
     def _write(self, new: Sequence[Bad]) -> None:
         for bad in new:
             log.warning("%s: sample %r is bad (%s: %s)", bad.shard, bad.key, bad.reason, bad.detail)
-        if self.quarantine is not None:
+        if self.quarantine is None:
+            return
+        try:
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
             with self.quarantine.open("a") as f:
                 f.write("".join(json.dumps(asdict(bad)) + "\n" for bad in new))
+        except OSError as error:  # the run itself needs no list
+            log.warning("%s cannot be written: %s", self.quarantine, error.strerror)
 
 
-def _known(quarantine: Path) -> dict[tuple[str, str], Reason]:
-    """Read what an earlier run wrote."""
+def read_quarantine(path: Path) -> dict[tuple[str, str], Reason]:
+    """Read what an earlier run wrote, by (shard, key); a line that is no entry is passed over with a warning."""
     known = {}
-    for line in quarantine.read_text().splitlines() if quarantine.exists() else []:
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
             known[str(entry["shard"]), str(entry["key"])] = Reason(entry["reason"])
         except (ValueError, KeyError, TypeError):
-            log.warning("%s has a line that is not an entry: %.80r", quarantine, line)
+            log.warning("%s has a line that is not an entry: %.80r", path, line)
     return known

@@ -9,6 +9,7 @@ from dstrain.data.media.video import clip_frames
 from dstrain.data.reasons import Reason
 from dstrain.data.shards.index import Excluded, ShardIndex
 from dstrain.data.shards.keys import KeyTable
+from dstrain.data.shards.names import Content
 from dstrain.errors import ConfigError
 
 _MAX_TEXT_TOKENS = 1024  # where text encoders cut
@@ -51,6 +52,8 @@ class Selected:
 class Wanted:
     """What a sample must have: all `columns` ("image", "video", "edit_image" ...) in sizes that can be used, a caption.
 
+    A column with "video" in its name is a video, any other a picture.
+
     Its tokens, which it costs a pack, are one for each 16 x 16 pixels (of the first frame and every fourth after it),
     and an estimate of the text's: one for three bytes, at most 1,024, and 8 for the template.
     """
@@ -63,6 +66,8 @@ class Wanted:
     def takes_all(self, index: ShardIndex) -> bool:
         """Whether the index's totals prove that every row can be used; False where that needs a look at each."""
         stats = [index.stats.get(column) for column in self.columns]
+        if not set(self.columns) <= {"image", "video"}:  # others may hold pictures and videos
+            return False
         return (not self.captioned or index.captioned == index.samples) and all(
             s is not None
             and s.rows == index.samples
@@ -74,10 +79,14 @@ class Wanted:
         """Return a bound on the tokens of the index's rows."""
         stats = [index.stats[column] for column in self.columns if column in index.stats]
         pixels = [
-            self.resolution.most_pixels(s.max_pixels) * int(_latent_frames(min(s.max_frames, self.clip.frames)))
+            self.resolution.most_pixels(s.max_pixels) * int(_latent_frames(self._most_frames(s.max_frames)))
             for s in stats
         ]
         return sum(pixels) // MULTIPLE**2 + int(self._text_tokens(index.max_caption_bytes))
+
+    def _most_frames(self, stored: int) -> int:
+        """Bound the frames of a clip; resampling may make more than are stored."""
+        return self.clip.frames if self.clip.fps and stored > 1 else min(stored, self.clip.frames)
 
     def select(self, index: ShardIndex) -> Selected:
         """Return the usable rows of an index; the result holds no part of the index's file."""
@@ -106,6 +115,7 @@ class Wanted:
         there = numbers >= 0
         parts = np.zeros(numbers.shape, index.parts.dtype)
         parts[there] = index.parts[numbers[there]]
+        there = parts["kind"] == [Content.VIDEO if "video" in column else Content.IMAGE for column in self.columns]
         widths, heights = self.resolution.sizes(parts["width"], parts["height"])
         frames = clip_frames(parts["frames"], parts["fps"], self.clip.frames, self.clip.fps)
         captioned = (index.rows["caption_bytes"] > 0) | (not self.captioned)
@@ -118,6 +128,8 @@ class Wanted:
         for column, part, width, count in zip(self.columns, parts, widths.tolist(), frames.tolist()):
             if not part["size"]:
                 return Reason.NO_IMAGE, f"there is no {column}"
+            if part["kind"] != (Content.VIDEO if "video" in column else Content.IMAGE):
+                return Reason.NO_IMAGE, f"{column} is no {'video' if 'video' in column else 'picture'}"
             if not width:
                 return Reason.IMAGE_TOO_SMALL, f"{column} is {part['width']} x {part['height']} pixels: {self._least()}"
             if not count:

@@ -81,9 +81,13 @@ class EncodeNullPrompt(Unit):
     outputs = ("null_embeds",)
     models = ("text_encoder",)
 
+    def __init__(self) -> None:
+        self._embeds: list[Tensor] = []  # made once: also where prompts vary, so that this runs for every pack
+
     def __call__(self, pipeline: "QwenImagePipeline", prompt: list[str]) -> dict[str, list[Any]]:
         """prompt: as many entries as samples -> null_embeds: the same [T, d] for each."""
-        return {"null_embeds": pipeline.embed_prompts([""]) * len(prompt)}
+        self._embeds = self._embeds or pipeline.embed_prompts([""])
+        return {"null_embeds": self._embeds * len(prompt)}
 
 
 class EncodeImage(Unit):

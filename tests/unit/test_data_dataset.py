@@ -180,3 +180,30 @@ def test_clips_are_four_k_and_one() -> None:
 def test_remote_shards_need_a_cache() -> None:
     with pytest.raises(ConfigError, match=r"data\.cache_dir"):
         open_dataset(["https://host/a-{0..1}.tar"])
+
+
+def test_a_video_is_no_picture(tmp_path: Path) -> None:
+    """Whatever its name says: the transformer would get frames where it wants a picture."""
+    from test_data_pack import video_bytes
+
+    video = video_bytes(frames=1)
+    members = [("a.image.mp4", video), ("a.txt", b"a"), ("b.png", picture(32, 32)), ("b.edit_image.mp4", video)]
+    members += [("b.txt", b"b"), ("c.png", picture(32, 32)), ("c.edit_image.png", picture(32, 32)), ("c.txt", b"c")]
+    shard = str(write_tar(tmp_path / "a.tar", members))
+    pictures = open_dataset([shard])
+    assert [pictures.key(row) for row in range(len(pictures))] == ["b", "c"]
+    edits = open_dataset([shard], Wanted(columns=("image", "edit_image")))
+    assert [edits.key(row) for row in range(len(edits))] == ["c"]
+    assert {e.key: e.detail for e in edits.left_out.first} == {
+        "a": "there is no image",
+        "b": "edit_image is no picture",
+    }
+
+
+def test_resampled_clips_stay_under_the_bound(tmp_path: Path) -> None:
+    from test_data_pack import video_bytes
+
+    shard = str(write_tar(tmp_path / "a.tar", [("a.mp4", video_bytes(frames=5)), ("a.txt", b"a")]))
+    for frames, fps in ((33, 100.0), (5, 0.0), (81, 5.0)):
+        dataset = open_dataset([shard], Wanted(columns=("video",), clip=Clip(frames, fps)))
+        assert dataset.tokens(np.array([0]))[0] <= dataset.max_tokens

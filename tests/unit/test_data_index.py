@@ -57,8 +57,8 @@ def test_what_it_says(shard: Path) -> None:
     assert index.part_of("image").tolist() == [0, 2, 4, 6] and index.part_of("edit").tolist() == [-1, -1, -1, 7]
     assert index.part_of("video").tolist() == [-1] * 4
     image, edit = index.stats["image"], index.stats["edit"]
-    assert (image.rows, image.min_side, image.min_pixels, image.max_pixels, image.max_ratio) == (4, 20, 800, 1024, 2.0)
-    assert (edit.rows, edit.min_side, edit.max_ratio, edit.min_frames, edit.max_frames) == (1, 16, 4.0, 1, 1)
+    assert (image.rows, image.min_side, image.min_pixels, image.max_pixels) == (4, 20, 800, 1024)
+    assert (edit.rows, edit.min_side, edit.min_frames, edit.max_frames) == (1, 16, 1, 1)
     assert vars(index.stats["txt"]) == dict.fromkeys(vars(image), 0) | {"rows": 3}
     assert [(e.shard, e.key, e.reason) for e in index.excluded] == [(str(shard), "bad", Reason.EMPTY_CAPTION)]
     assert index.excluded_counts == {Reason.EMPTY_CAPTION: 1}

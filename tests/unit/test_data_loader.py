@@ -14,7 +14,7 @@ from dstrain.data import Dataset, Loader, Plan, Sample, open_dataset
 from dstrain.data.media.decode import decode
 from dstrain.data.media.operators import Operators
 from dstrain.data.media.resolution import Resolution
-from dstrain.data.policy import Bad, BadSamples
+from dstrain.data.policy import Bad, BadSamples, read_quarantine
 from dstrain.data.reasons import Reason
 from dstrain.data.selection import Wanted
 from dstrain.errors import DataError
@@ -269,7 +269,7 @@ def bad(draw: int, key: str = "", reason: Reason = Reason.CHANGED) -> Bad:
 def test_bad_samples_are_written_down_once(tmp_path: Path) -> None:
     quarantine = tmp_path / "run" / "bad_samples.jsonl"
     for _ in range(2):  # a second run, as after a restart, adds nothing
-        policy = BadSamples(10, 10, quarantine)
+        policy = BadSamples(10, 10, quarantine, read_quarantine(quarantine))
         policy.record([bad(9), bad(2), bad(4, "2")], write=True)
         assert len(policy) == 2
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
@@ -292,7 +292,7 @@ def test_too_many_bad_samples(tmp_path: Path) -> None:
         policy.record([bad(12, "c"), bad(9, "b", Reason.EMPTY_CAPTION)], write=True)
     assert [json.loads(line)["key"] for line in quarantine.read_text().splitlines()] == ["1", "5", "b"]
     with pytest.raises(DataError, match="3 bad samples are more"):  # what was met before a restart still counts
-        BadSamples(2, 10, quarantine).record([bad(20, "1")], write=True)
+        BadSamples(2, 10, quarantine, read_quarantine(quarantine)).record([bad(20, "1")], write=True)
 
 
 def test_bad_samples_in_a_row_may_span_steps() -> None:
@@ -306,6 +306,25 @@ def test_bad_samples_in_a_row_may_span_steps() -> None:
 
 def test_quarantine_with_a_torn_line(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"shard": "x", "ke\n')
+    assert read_quarantine(tmp_path / "q.jsonl") == {}
     policy = BadSamples(10, 10, tmp_path / "q.jsonl")
     policy.record([bad(4)], write=True)
     assert json.loads((tmp_path / "q.jsonl").read_text().splitlines()[1])["draw"] == 4
+
+
+def test_a_list_that_cannot_be_written_does_not_stop_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    policy = BadSamples(10, 10, tmp_path / "file" / "q.jsonl")
+    policy.record([bad(4)], write=True)
+    assert len(policy) == 1
+
+
+def test_what_nobody_expected_is_handed_over_too(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Dataset, row: int) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Dataset, "read", fail)
+    for workers in (0, 2):
+        loader = Loader(dataset, make_plan(dataset), 0, workers=workers)
+        assert all("cannot be read: MemoryError: no room" in str(pack.error) for pack in loader.step(0))
+        loader.close()

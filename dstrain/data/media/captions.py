@@ -7,7 +7,6 @@ from dstrain.data.reasons import BadSample, Reason
 
 MAX_CAPTION_BYTES = 1 << 16  # text encoders cut at about 1,000 tokens
 MAX_JSON_BYTES = 1 << 20  # of a member: several captions, and whatever else was noted about a picture
-CAPTION_KINDS = ("txt", "json")  # in order of preference; the place in this tuple is what an index stores
 _JSON_FIELDS = ("caption", "text", "prompt")
 
 
@@ -27,11 +26,6 @@ def captions_of(data: bytes, kind: str) -> list[str]:
         return [clean(text)]
     captions = _from_json(text)
     return [clean(entry) for entry in captions if not _blank(entry)] or [clean("")]
-
-
-def caption_of(data: bytes, kind: str) -> str:
-    """Return the first of `captions_of`."""
-    return captions_of(data, kind)[0]
 
 
 def clean(text: str) -> str:

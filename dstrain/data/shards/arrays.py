@@ -44,7 +44,6 @@ class ColumnStats:
     min_side: int
     min_pixels: int
     max_pixels: int
-    max_ratio: float  # long side / short side
     min_frames: int
     max_frames: int
 
@@ -55,14 +54,12 @@ def column_stats(columns: tuple[str, ...], parts: np.ndarray) -> dict[str, Colum
     for number, name in enumerate(columns):
         mine = parts["column"] == number
         width, height, frames = (parts[side][mine].astype(np.int64) for side in ("width", "height", "frames"))
-        short, long = np.minimum(width, height), np.maximum(width, height)
-        pixels, ratio = short * long, long / np.maximum(short, 1)
+        short, pixels = np.minimum(width, height), width * height
         found[name] = ColumnStats(
             rows=len(frames),
             min_side=int(short.min(initial=_NONE)),
             min_pixels=int(pixels.min(initial=_NONE)),
             max_pixels=int(pixels.max(initial=0)),
-            max_ratio=float(ratio.max(initial=0)),
             min_frames=int(frames.min(initial=_NONE)),
             max_frames=int(frames.max(initial=0)),
         )

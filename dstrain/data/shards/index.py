@@ -258,13 +258,7 @@ def _caption_totals(rows: np.ndarray) -> dict[str, int]:
 
 
 def _column(*values: Any) -> ColumnStats:
-    stats = ColumnStats(*values)
-    if type(stats.max_ratio) is not float or not 0 <= stats.max_ratio < 1 << 32:
-        raise ValueError(f"a column has the aspect ratio {stats.max_ratio!r:.40}")
-    for name, value in vars(stats).items():
-        if name != "max_ratio":
-            _natural(value)
-    return stats
+    return ColumnStats(*map(_natural, values))
 
 
 def _excluded(path: Path, key: Any, reason: Any, detail: Any) -> Excluded:

@@ -27,13 +27,6 @@ class KeyTable(Sequence[str]):
         encoded = [key.encode() for key in keys]
         return cls(b"".join(encoded), np.cumsum([len(key) for key in encoded], dtype=np.int64))
 
-    @classmethod
-    def concatenate(cls, tables: "Sequence[KeyTable]") -> "KeyTable":
-        """Make one table of several, in order."""
-        firsts = np.cumsum([0, *(len(table.blob) for table in tables)])
-        ends = [table.ends + first for table, first in zip(tables, firsts)]
-        return cls(b"".join(table.blob for table in tables), np.concatenate(ends))
-
     def __len__(self) -> int:
         return len(self.ends)
 

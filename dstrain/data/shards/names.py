@@ -44,13 +44,14 @@ def column_of(extension: str) -> tuple[str, Content]:
     """Return the column of a member with this extension, and how it is read.
 
     "png" is column "image", "mp4" column "video", "edit_image.0.png" column "edit_image.0"; what is neither picture,
-    video, "txt" nor "json" is opaque, in a column named like the extension.
+    video, "txt" nor "json" is opaque, in a column named like the extension. Column "image" holds pictures only, "video"
+    videos only: "image.mp4" and "video.png" are columns of their own.
     """
     name, _, last = extension.rpartition(".")
-    if last in IMAGE_KINDS:
-        return name or "image", Content.IMAGE
-    if last in VIDEO_KINDS:
-        return name or "video", Content.VIDEO
+    content = Content.IMAGE if last in IMAGE_KINDS else Content.VIDEO if last in VIDEO_KINDS else Content.OPAQUE
+    if content is not Content.OPAQUE:
+        own = content.name.lower()
+        return (extension if name in ("image", "video") and name != own else name or own), content
     return extension, {"txt": Content.TXT, "json": Content.JSON}.get(extension, Content.OPAQUE)
 
 
