@@ -278,7 +278,7 @@ def test_videos(tmp_path: Path) -> None:
     assert (part["width"], part["height"], part["frames"], part["fps"], part["kind"]) == (48, 32, 5, 8, Content.VIDEO)
     assert (pose["width"], pose["height"], pose["frames"]) == (32, 64, 9)
     stats = index.stats["pose"]
-    assert (stats.rows, stats.min_frames, stats.max_frames, stats.max_ratio) == (1, 9, 9, 2.0)
+    assert (stats.rows, stats.min_frames, stats.max_frames) == (1, 9, 9)
     assert left_out(index.path) == {"cut": Reason.VIDEO_DAMAGED, "text": Reason.VIDEO_FORMAT}
 
 
