@@ -5,29 +5,43 @@ Those files import what is heavy inside `run`, so that help and misuse are answe
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from importlib import import_module
+from io import TextIOWrapper
 
 from dstrain import __version__
 from dstrain.errors import DstrainError
 
 COMMANDS = ("pack", "index", "verify", "preview", "init", "sample", "report")
+_DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS)
 ABOUT = "Prepare data and models for dstrain, paint pictures, and look at runs. Training: launch/train.py."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code: its own or 0, or 2 with one sentence on stderr for bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may be in another encoding than the terminal
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except DstrainError as error:
         return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _refuse("stopped", 130)
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
-        if error.filename is None:  # not a file that the user named
+        if error.filename is None and error.errno not in _DISK:  # neither a file that the user named, nor their disk
             raise
-        return _refuse(f"{error.filename}: {error.strerror}")
+        return _refuse(f"{error.filename or 'what is to be written'}: {error.strerror}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int = 2) -> int:
     print(f"dstrain: error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class SourceConfig:
 
     shards: list[str] = knob(..., "tar shards: files, folders, globs, ranges {000..012}, or URLs (s3, gs, hf, https)")
     repeat: float = knob(1.0, "how often an epoch holds each sample", low=1e-6, high=1e6)
-    weight: float = knob(0.0, "share of all samples, relative to the other sources'; 0 = by size and repeat", low=0)
+    weight: float = knob(
+        0.0, "share of all samples, relative to the other sources'; 0 = by size and repeat", low=0, high=1e12
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,16 @@ class DataConfig:
         {},
         "instead of shards: several sources by name, each {shards: [...], repeat: 1.0} or {shards: [...], weight: 0.3}",
     )
-    max_pixels: int = knob(1024 * 1024, "larger pictures are scaled down to this area, aspect kept", low=256)
-    min_pixels: int = knob(256, "smaller pictures are left out, or enlarged to this area with upscale", low=256)
-    width: int = knob(0, "with height: bring every picture to exactly this size; 0 = keep the aspect", low=0)
-    height: int = knob(0, "see width", low=0)
+    max_pixels: int = knob(
+        1024 * 1024, "larger pictures are scaled down to this area, aspect kept", low=256, high=1 << 26
+    )
+    min_pixels: int = knob(
+        256, "smaller pictures are left out, or enlarged to this area with upscale", low=256, high=1 << 26
+    )
+    width: int = knob(
+        0, "with height: bring every picture to exactly this size; 0 = keep the aspect", low=0, high=1 << 13
+    )
+    height: int = knob(0, "see width", low=0, high=1 << 13)
     fit: Literal["scale", "crop"] = knob("scale", "resize the whole picture, or cut a window at full resolution")
     upscale: bool = knob(False, "enlarge pictures that are too small, instead of leaving them out")
     crop: Literal["centre", "random"] = knob("centre", "which part stays where a picture is cut")
@@ -73,17 +81,19 @@ class DataConfig:
     caption: Literal["first", "random"] = knob("first", "of several captions in a JSON: the first, or any")
     shuffle_tags: bool = knob(False, "shuffle the tags of a caption")
     tag_separator: str = knob(",", "what stands between tags (shuffle_tags)")
-    keep_tags: int = knob(0, "tags at the front that stay there (shuffle_tags)", low=0)
+    keep_tags: int = knob(0, "tags at the front that stay there (shuffle_tags)", low=0, high=1 << 31)
     caption_dropout: float = knob(0.1, "share of captions replaced by '' so that guidance works", low=0, high=1)
-    frames: int = knob(1, "most frames of a video, 4 k + 1", low=1)
+    frames: int = knob(1, "most frames of a video, 4 k + 1", low=1, high=100_001)
     fps: float = knob(0.0, "frames a second that a video is resampled to; 0 = as stored", low=0, high=1000)
-    shuffle_window: int = knob(1 << 16, "samples shuffled among each other; their shards are read at one time", low=1)
+    shuffle_window: int = knob(
+        1 << 16, "samples shuffled among each other; their shards are read at one time", low=1, high=1 << 31
+    )
     bad_samples: Literal["skip", "error"] = knob("skip", "what to do with a sample that cannot be used")
-    max_bad_samples: int = knob(1000, "stop when the run has met more different ones than this", low=0)
-    max_consecutive_bad: int = knob(32, "stop when more samples in a row than this are bad", low=0)
+    max_bad_samples: int = knob(1000, "stop when the run has met more different ones than this", low=0, high=1 << 62)
+    max_consecutive_bad: int = knob(32, "stop when more samples in a row than this are bad", low=0, high=1 << 62)
     workers: int = knob(2, "threads that read and decode ahead, per rank", low=0, high=256)
     cache_dir: str = knob("", "folder on the node for remote shards; empty = dstrain/shards in the user's cache folder")
-    cache_gb: float = knob(100.0, "most that the shards in cache_dir take together", low=0.001)
+    cache_gb: float = knob(100.0, "most that the shards in cache_dir take together", low=0.001, high=1e9)
     encoded_cache_mb: int = knob(512, "host memory per rank for encoded samples seen again; 0 = off", low=0)
 
     def __post_init__(self) -> None:
@@ -97,7 +107,7 @@ class BatchConfig:
 
     global_batch_size: int = knob(..., "samples in an optimizer step, over all ranks", low=1, high=1 << 30)
     tokens_per_pack: int = knob(
-        8192, "most tokens (image + text, the text estimated) in one micro-batch of one rank", low=16
+        8192, "most tokens (image + text, the text estimated) in one micro-batch of one rank", low=16, high=1 << 31
     )
 
 

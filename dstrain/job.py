@@ -62,7 +62,6 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
     bf16 = uses_bf16(ds_config, has_fast_bf16(device))
     config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path)
     checkpoint.check_writable(Path(recipe.run_dir))
-    colour(recipe.data.background)
     wanted = wanted_samples(recipe.data, family.columns())
     dataset = open_data(recipe.data, wanted)
     pipeline = load_pipeline(
@@ -143,10 +142,11 @@ def announce(job: Job) -> None:
 def wanted_samples(data: DataConfig, columns: tuple[str, ...]) -> Wanted:
     """Return what a sample must have; ConfigError for sizes that do not go together."""
     try:
+        colour(data.background)
         resolution = Resolution(data.max_pixels, data.min_pixels, data.width, data.height, data.fit, data.upscale)
         clip = Clip(data.frames, data.fps)
     except ConfigError as e:
-        raise ConfigError(f"data: {e}") from None
+        raise ConfigError(f"data.{e}") from None
     return Wanted(resolution, columns, clip=clip)
 
 

@@ -1,6 +1,7 @@
 """Kinds of command line arguments that argparse does not know."""
 
 import argparse
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -30,5 +31,32 @@ def _at_least(low: int, text: str) -> int:
     except ValueError:
         value = low - 1
     if not low <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, and below 2^63, not {text!r:.40}")
     return value
+
+
+def given(text: str) -> str:
+    """A path or URL; empty, as an unset variable of a shell leaves it, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path that is not empty."""
+    return Path(given(text))
+
+
+def report_file(text: str) -> Path:
+    """A file to write, in a folder that is there; one that is replaced must be a plain file."""
+    file = path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {file.parent}")
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise argparse.ArgumentTypeError(f"{text} is not a plain file; give another name")
+    return file
+
+
+def printable(text: str) -> str:
+    """Write out what a terminal would not show, or would obey: names come from data."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

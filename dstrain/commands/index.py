@@ -6,9 +6,8 @@ A shard that another program wrote needs no packing: an index is made beside it,
 import argparse
 import json
 import os
-from pathlib import Path
 
-from dstrain.commands.arguments import positive
+from dstrain.commands.arguments import positive, printable, report_file
 from dstrain.config import DataConfig
 
 ABOUT = "index tar shards and describe the dataset: samples, sizes, tokens, what is left out"
@@ -24,16 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-pixels", type=positive, default=default, help="as data.max_pixels of the recipe (%(default)s)"
     )
-    parser.add_argument("--report", metavar="FILE", type=Path, help="write all samples left out here, as JSON lines")
+    parser.add_argument(
+        "--report", metavar="FILE", type=report_file, help="write all samples left out here, as JSON lines"
+    )
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Index, and print the samples that are left out and the summary."""
-    from dstrain.data.dataset import open_dataset
+    from dstrain.data.dataset import Dataset, Source
     from dstrain.data.media.resolution import Resolution
     from dstrain.data.selection import Wanted
     from dstrain.data.shards.catalog import find_local, renew_indexes
+    from dstrain.errors import DataError
     from dstrain.storage import write_atomic
 
     indexes = renew_indexes(find_local(args.shards), workers=args.workers, progress=True)
@@ -41,9 +43,12 @@ def run(args: argparse.Namespace) -> None:
     wanted = Wanted(Resolution(max_pixels=args.max_pixels), columns=tuple(columns[:1]) or ("image",))
     left_out = [entry for index in indexes for entry in (*index.excluded, *wanted.left_out(index))]
     for entry in left_out[:SHOWN]:
-        print(f"left out {entry.shard}: {entry.key}: {entry.reason} ({entry.detail})")
+        print(printable(f"left out {entry.shard}: {entry.key}: {entry.reason} ({entry.detail})"))
     if len(left_out) > SHOWN:
         print(f"and {len(left_out) - SHOWN} more; {args.report or '--report FILE'} lists all")
     if args.report is not None:
         write_atomic(args.report, "".join(json.dumps(vars(entry)) + "\n" for entry in left_out).encode())
-    print(open_dataset(args.shards, wanted).summary())
+    dataset = Dataset([(Source(args.shards), indexes)], wanted)
+    print(dataset.summary())
+    if not len(dataset):
+        raise DataError("no sample of these shards can be trained on")

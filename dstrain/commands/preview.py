@@ -112,8 +112,8 @@ def table(figures: "Figures") -> str:
 def _check_out(out: Path, formats: Sequence[str]) -> None:
     if out.suffix.lower() not in formats:
         raise ConfigError(f"--out {out}: its kind is not known; give a file that ends in {', '.join(formats)}")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise ConfigError(f"--out {out} is {'a folder' if out.is_dir() else 'not a plain file'}; name a file")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
     if not os.access(out.parent, os.W_OK):

@@ -7,9 +7,8 @@ Bytes are compared with the index beside each shard, so index shards while they 
 import argparse
 import json
 import os
-from pathlib import Path
 
-from dstrain.commands.arguments import positive
+from dstrain.commands.arguments import positive, printable, report_file
 
 ABOUT = "find every damage in tar shards, by shard, byte and member"
 
@@ -19,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "shards", metavar="SHARDS", nargs="+", help="tar files, folders of them, globs, or {0..9} ranges"
     )
-    parser.add_argument("--report", metavar="FILE", type=Path, help="write what is found here too, as JSON lines")
+    parser.add_argument(
+        "--report", metavar="FILE", type=report_file, help="write what is found here too, as JSON lines"
+    )
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (%(default)s)")
 
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     found = []
     for damages in verify_all(paths, workers=args.workers, progress=True):
         for damage in damages:
-            tqdm.write(str(damage))
+            tqdm.write(printable(str(damage)))
         found += damages
     if args.report is not None:
         write_atomic(args.report, "".join(json.dumps(vars(damage)) + "\n" for damage in found).encode())

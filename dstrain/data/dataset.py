@@ -176,8 +176,9 @@ class Dataset:
         left_out = f"; left out {out.total()}: {ranked(out)}" if out else ""
         size = sum(index.size for index in self.indexes)
         sources = f" of {len(self.parts)} sources" if len(self.parts) > 1 else ""
-        shards = f"{len(self.indexes)} shard{'s' * (len(self.indexes) > 1)}{sources}"
-        return f"{len(self)} samples in {shards} ({size / 1e9:.3g} GB), at most {self.max_tokens} tokens each{left_out}"
+        amount = f"{size / 1e9:.3g} GB" if size > 1e9 else f"{size / 1e6:.3g} MB"
+        held = f"{_counted(len(self), 'sample')} in {_counted(len(self.indexes), 'shard')}{sources} ({amount})"
+        return f"{held}, none of more than {self.max_tokens} tokens{left_out}"
 
     def _number(self, row: int) -> int:
         return int(np.searchsorted(self._ends, row, side="right"))
@@ -271,11 +272,17 @@ def open_dataset(
             reasons = f" (left out: {ranked(out)})" if out else ""
             of = f" of source {name!r}" if len(named) > 1 else ""
             columns = " and ".join(dataset.wanted.columns)
+            sizes = "; data.min_pixels, width, height and upscale say what is too small"
             raise DataError(
-                f"no sample{of} can be used in {len(shards)} shards, the first being {shards[0].path}{reasons}; a "
-                f"sample is {columns} (png, jpg, webp) and a caption (txt, json) with one key"
+                f"no sample{of} can be used in {_counted(len(shards), 'shard')}, the first being {shards[0].path}"
+                f"{reasons}; a sample is {columns} (png, jpg, webp) and a caption (txt, json) with one key"
+                f"{sizes if Reason.IMAGE_TOO_SMALL in out else ''}"
             )
     return dataset
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _check_weights(sources: Mapping[str, Source]) -> None:

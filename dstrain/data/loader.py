@@ -3,10 +3,9 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, count
 
 import torch
@@ -69,7 +68,8 @@ class _Fetched:
 class _Coming:
     step: int
     micro: int
-    results: list[Callable[[], _Fetched]]
+    draws: list[Draw]
+    futures: list[Future[list[_Fetched]]]  # of parts of the draws; none if they are fetched when asked for
 
 
 class Loader:
@@ -134,11 +134,11 @@ class Loader:
             try:
                 micros = self._plan.step(step)
             except DataError as error:  # a shard's index is damaged
-                yield _Coming(step, 0, [partial(_Fetched, None, [], error)])
+                yield _Coming(step, 0, [], [_failed(error)])
                 continue
             self._prefetch(step)
             for micro, packs in enumerate(micros):
-                yield _Coming(step, micro, [self._start(draw) for draw in packs[self._rank]])
+                yield _Coming(step, micro, packs[self._rank], self._start(packs[self._rank]))
 
     def _prefetch(self, step: int) -> None:
         """Bring the shards of the window after this one near while it is read."""
@@ -146,28 +146,35 @@ class Loader:
             self._fetching = ahead
             self._fetcher.submit(self._dataset.prefetch, ahead)
 
-    def _start(self, draw: Draw) -> Callable[[], _Fetched]:
+    def _start(self, draws: list[Draw]) -> list[Future[list[_Fetched]]]:
+        """Put a pack to work in parts, twice as many as there are threads: handing over takes time as well."""
         if self._threads is None:
-            return partial(self._fetch, draw)
-        return self._threads.submit(self._fetch, draw).result
+            return []
+        size = max(1, len(draws) * _AHEAD // (2 * self._ahead))
+        return [self._threads.submit(self._fetch_all, draws[i : i + size]) for i in range(0, len(draws), size)]
 
     def _fill(self) -> None:
         """Put packs to work: always the next one, and more until enough samples are under way."""
         start = time.perf_counter()
-        while not self._queue or sum(len(coming.results) for coming in self._queue) < self._ahead:
+        while not self._queue or sum(max(1, len(coming.draws)) for coming in self._queue) < self._ahead:
             self._queue.append(next(self._coming))
         self.wait_s += time.perf_counter() - start
 
     def _collect(self, coming: _Coming) -> Pack:
         """Wait for the samples of a pack, and list what was bad in the order of the plan, not as threads met it."""
         start = time.perf_counter()
-        fetched = [result() for result in coming.results]
+        wait(coming.futures)  # woken once, not by every sample
+        parts = [future.result() for future in coming.futures] or [self._fetch_all(coming.draws)]
+        fetched = [item for part in parts for item in part]
         self.wait_s += time.perf_counter() - start
         return Pack(
             [item.sample for item in fetched if item.sample is not None],
             [bad for item in fetched for bad in item.bad],
             next((item.error for item in fetched if item.error is not None), None),
         )
+
+    def _fetch_all(self, draws: list[Draw]) -> list[_Fetched]:
+        return [self._fetch(draw) for draw in draws]
 
     def _fetch(self, draw: Draw) -> _Fetched:
         bad: list[Bad] = []
@@ -204,6 +211,12 @@ class Loader:
         else:
             pixels = decode(file.data, size, fit=fit, place=place, background=self._background, flip=flip)
         return pixels.pin_memory() if self._pin else pixels
+
+
+def _failed(error: DataError) -> Future[list[_Fetched]]:
+    future: Future[list[_Fetched]] = Future()
+    future.set_result([_Fetched(None, [], error)])
+    return future
 
 
 def _none_left(bad: list[Bad]) -> DataError:

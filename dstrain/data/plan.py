@@ -83,7 +83,7 @@ class Plan:
         if rows.max_tokens > tokens_per_pack:
             raise ConfigError(
                 f"a sample can have {rows.max_tokens} tokens, more than tokens_per_pack = {tokens_per_pack}; give at "
-                "least as many, or lower max_pixels"
+                "least as many, or lower data.max_pixels (or data.width and data.height)"
             )
         if global_batch_size % world_size and 2 * rows.max_tokens > tokens_per_pack:
             raise ConfigError(

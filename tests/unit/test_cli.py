@@ -1,5 +1,6 @@
 """The `dstrain` command, as a user meets it: exit codes, one sentence on stderr, files that others can read."""
 
+import errno
 import json
 import os
 import subprocess
@@ -216,8 +217,7 @@ def test_init_leaves_no_half_of_a_model(model: Path, tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dstrain.models.init.initial_slice", fail)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(["init", str(model), "--out", str(tmp_path / "new")])
+    assert cli.main(["init", str(model), "--out", str(tmp_path / "new")]) == 130
     assert not list(tmp_path.iterdir())
 
 
@@ -305,3 +305,53 @@ def test_the_console_command_is_installed() -> None:
         pytest.skip("dstrain is not installed here")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, env=os.environ, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("dstrain ")
+
+
+@pytest.mark.parametrize("report", ["", "nowhere/r.jsonl", "folder", "link", "device"])
+def test_a_report_never_replaces_what_is_no_plain_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], report: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "a.tar", sample_members(2, (64, 64)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for command in ("index", "verify"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "a.tar", "--report", report])
+        assert stopped.value.code == 2
+    assert "error: argument --report" in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "target").exists()
+
+
+def test_names_from_data_do_not_reach_the_terminal_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [*sample_members(2, (64, 64)), ("\033[31mred\nok 5 shards.png", b"no picture"), ("\033[31mred.txt", b"x")]
+    shard = write_tar(tmp_path / "a.tar", members)
+    for command in ("index", "verify"):
+        cli.main([command, str(shard)])
+    shown = capsys.readouterr().out
+    assert "\033" not in shown and r"\x1b[31mred" in shown
+    assert not any(line.startswith("ok 5") for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [(KeyboardInterrupt(), 130, "stopped"), (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left")],
+)
+def test_interrupts_and_full_disks_are_no_tracebacks(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("dstrain.data.shards.catalog.renew_indexes", fail)
+    assert cli.main(["index", str(write_tar(tmp_path / "a.tar", sample_members(1)))]) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

@@ -74,7 +74,7 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path: Path) -> None:
     assert "3 samples in 1 shard" in dataset.summary() and "left out 6: no_caption 2" in dataset.summary()
     assert [dataset.key(row) for row in range(3)] == ["0000", "0001", "0002"]
     large = Wanted(Resolution(min_pixels=40 * 40))
-    with pytest.raises(DataError, match=r"no sample can be used in 1 shards, .*a.tar \(left out: image_too_small 6"):
+    with pytest.raises(DataError, match=r"no sample can be used in 1 shard, .*a.tar \(left out: image_too_small 6"):
         open_dataset([str(tmp_path / "a.tar")], large)
     enlarged = open_dataset([str(tmp_path / "a.tar")], Wanted(Resolution(min_pixels=40 * 40, upscale=True)))
     assert {(f.width, f.height) for f in (enlarged.read(row).files["image"] for row in range(3))} == {(32, 32)}

@@ -616,7 +616,7 @@ def test_errors_name_the_entry_and_the_way_out(
     (tmp_path / "loop.tar").symlink_to("loop.tar")
     (tmp_path / "gone.tar").symlink_to("nowhere")
     with pytest.raises(DataError, match=message):
-        find_shards([entry])
+        open_indexes([Path(shard) for shard in find_shards([entry])])
     assert not (tmp_path / "canary").exists()
 
 

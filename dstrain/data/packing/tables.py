@@ -26,6 +26,8 @@ MAX_FILE_COLUMNS = MAX_COLUMNS - 2  # beside txt and json
 _LABEL = re.compile(r"(?=.{1,40}$)[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # what fits into a member's name
 _TAKEN = frozenset(("txt", "json", *IMAGE_KINDS, *VIDEO_KINDS))
 
+csv.field_size_limit(1 << 24)  # what is longer than a caption may be is its row's fault, not the table's
+
 Row = tuple[str, dict[Any, Any]]  # where it stands, and its values by column
 
 

@@ -1,5 +1,6 @@
 """Work on many shards at once, in processes: reading headers and decoding is Python's work, and holds its lock."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +26,7 @@ def each(
     Raises DataError if a process is killed.
     """
     workers = min(workers, len(paths))
-    size = sum(path.stat().st_size for path in paths) if workers > 1 else 0
+    size = sum(path.stat().st_size for path in paths if path.exists()) if workers > 1 else 0
     hidden = None if progress and paths else True
     with tqdm(total=len(paths), desc=label, unit="shard", disable=hidden, dynamic_ncols=True) as bar:
         if size < WORTH_BYTES:
@@ -35,7 +36,7 @@ def each(
             return
         context = get_context("forkserver")  # a fork of this process could inherit held locks of its threads
         context.set_forkserver_preload([function.__module__])
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             try:
                 for result in pool.map(function, paths):
                     yield result
