@@ -74,9 +74,9 @@ def main() -> None:
         lines(grid.flat[len(panels)], cases["resume"])
     for axes in list(grid.flat)[count:]:
         axes.axis("off")
-    machine, rounds = result["machine"], result["settings"]["rounds"]
+    machine = result["machine"]
     figure.suptitle(
-        f"{machine['processor']}, {machine['cores']} cores; median and range of {rounds} rounds", fontsize=9
+        f"{machine['processor']}, {machine['cores']} cores; median and range of the rounds", fontsize=9
     )
     figure.tight_layout()
     figure.savefig(source.with_suffix(".png"), dpi=110)
