@@ -58,7 +58,7 @@ def test_train_on_your_own_pictures(tmp_path):
     (tmp_path / "my_recipe.yaml").write_text(yaml.safe_dump(demo))
     walk = [c for c in COMMANDS if "my_pictures" in c or "my_recipe" in c or "runs/NAME" in c]
     walk = [c for c in walk if not c.startswith("sbatch")]
-    assert len(walk) == 6
+    assert len(walk) == 7
     output = {}
     for command in walk:
         if command.startswith("dstrain sample"):
@@ -67,5 +67,6 @@ def test_train_on_your_own_pictures(tmp_path):
     assert "24 samples" in output["shards/my_pictures"]
     assert "9,798,336" in output["--dry_run"]
     assert len(metrics(tmp_path / "runs/NAME")) == 2
+    assert (tmp_path / "preview.png").stat().st_size > 10_000
     assert (tmp_path / "cat.png").stat().st_size > 500
     assert (tmp_path / "runs/NAME/export/model_index.json").is_file()
