@@ -75,9 +75,7 @@ def main() -> None:
     for axes in list(grid.flat)[count:]:
         axes.axis("off")
     machine = result["machine"]
-    figure.suptitle(
-        f"{machine['processor']}, {machine['cores']} cores; median and range of the rounds", fontsize=9
-    )
+    figure.suptitle(f"{machine['processor']}, {machine['cores']} cores; median and range of the rounds", fontsize=9)
     figure.tight_layout()
     figure.savefig(source.with_suffix(".png"), dpi=110)
 
