@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from data import table
+from data.machine import processor
 
 HERE = Path(__file__).parent
 PACKAGES = "torch numpy pillow simplejpeg xxhash webdataset litdata mosaicml-streaming megatron-energon".split()
@@ -103,8 +104,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Describe what the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     versions = {}
     for name in PACKAGES:
         try:
@@ -112,7 +111,7 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = "missing"
     return {
-        "processor": cpu,
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 2),

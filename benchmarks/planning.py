@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from data.machine import processor
 
 from dstrain.data.plan import Part, Plan
 from dstrain.storage import write_json
@@ -92,14 +93,12 @@ def main() -> None:
             "{mean_ms:5.1f} ms, max {max_ms:6.1f} ms a step, {peak_mb:4.0f} MB".format(**rows[-1])
         )
     if args.out:
-        machine = {"cpu": cpu(), "python": platform.python_version(), "numpy": np.__version__}
+        machine = {
+            "cpu": processor() or platform.machine(),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        }
         write_json(args.out, {"machine": machine, "rows": rows})
-
-
-def cpu() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

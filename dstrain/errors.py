@@ -28,3 +28,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the known name nearest to `name`, or ""."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Write out what a terminal would not show, or would obey, as \x07, but for the characters in `keep`.
+
+    For names and messages that come from data.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

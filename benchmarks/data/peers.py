@@ -83,6 +83,13 @@ def webdataset_epochs(data: Path, kind: str, extension: str, transform: Transfor
     yield singly(iter(dataset))
 
 
+def _epochs(loader_class: Any, dataset: Any, workers: int) -> Epochs:
+    options = {"batch_size": BATCH, "num_workers": workers, "collate_fn": list, "persistent_workers": True}
+    loader = loader_class(dataset, **options) if workers else None
+    while True:
+        yield iter(loader) if loader else singly(iter(dataset))
+
+
 def litdata_dataset(data: Path, kind: str, transform: Transform) -> Any:
     from litdata import StreamingDataset
 
@@ -97,11 +104,7 @@ def litdata_dataset(data: Path, kind: str, transform: Transform) -> Any:
 def litdata_epochs(data: Path, kind: str, extension: str, transform: Transform, workers: int) -> Epochs:
     from litdata import StreamingDataLoader
 
-    dataset = litdata_dataset(data, kind, transform)
-    options = {"batch_size": BATCH, "num_workers": workers, "collate_fn": list, "persistent_workers": True}
-    loader = StreamingDataLoader(dataset, **options) if workers else None
-    while True:
-        yield iter(loader) if loader else singly(iter(dataset))
+    yield from _epochs(StreamingDataLoader, litdata_dataset(data, kind, transform), workers)
 
 
 def streaming_dataset(data: Path, kind: str, transform: Transform) -> Any:
@@ -121,11 +124,7 @@ def streaming_dataset(data: Path, kind: str, transform: Transform) -> Any:
 def streaming_epochs(data: Path, kind: str, extension: str, transform: Transform, workers: int) -> Epochs:
     from streaming import StreamingDataLoader
 
-    dataset = streaming_dataset(data, kind, transform)
-    options = {"batch_size": BATCH, "num_workers": workers, "collate_fn": list, "persistent_workers": True}
-    loader = StreamingDataLoader(dataset, **options) if workers else None
-    while True:
-        yield iter(loader) if loader else singly(iter(dataset))
+    yield from _epochs(StreamingDataLoader, streaming_dataset(data, kind, transform), workers)
 
 
 def energon_loader(data: Path, kind: str, extension: str, transform: Transform, workers: int) -> Any:

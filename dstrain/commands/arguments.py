@@ -50,13 +50,15 @@ def path(text: str) -> Path:
 def report_file(text: str) -> Path:
     """A file to write, in a folder that is there; one that is replaced must be a plain file."""
     file = path(text)
-    if not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no folder {file.parent}")
-    if file.is_symlink() or (file.exists() and not file.is_file()):
-        raise argparse.ArgumentTypeError(f"{text} is not a plain file; give another name")
+    if fault := output_fault(file):
+        raise argparse.ArgumentTypeError(fault)
     return file
 
 
-def printable(text: str) -> str:
-    """Write out what a terminal would not show, or would obey: names come from data."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+def output_fault(file: Path) -> str:
+    """Say why `file` cannot be written, or must not be replaced; "" if it can."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        return f"{file} is {'a folder' if file.is_dir() else 'not a plain file'}; name a file"
+    if not file.parent.is_dir():
+        return f"{file}: there is no folder {file.parent}; make it first"
+    return ""

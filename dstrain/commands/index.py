@@ -4,11 +4,11 @@ A shard that another program wrote needs no packing: an index is made beside it,
 """
 
 import argparse
-import json
 import os
 
-from dstrain.commands.arguments import positive, printable, report_file
+from dstrain.commands.arguments import positive, report_file
 from dstrain.config import DataConfig
+from dstrain.errors import printable
 
 ABOUT = "index tar shards and describe the dataset: samples, sizes, tokens, what is left out"
 SHOWN = 20  # samples left out that are printed; --report has all
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from dstrain.data.selection import Wanted
     from dstrain.data.shards.catalog import find_local, renew_indexes
     from dstrain.errors import DataError
-    from dstrain.storage import write_atomic
+    from dstrain.storage import write_json_lines
 
     indexes = renew_indexes(find_local(args.shards), workers=args.workers, progress=True)
     columns = [name for name in ("image", "video") if any(name in index.stats for index in indexes)]
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if len(left_out) > SHOWN:
         print(f"and {len(left_out) - SHOWN} more; {args.report or '--report FILE'} lists all")
     if args.report is not None:
-        write_atomic(args.report, "".join(json.dumps(vars(entry)) + "\n" for entry in left_out).encode())
+        write_json_lines(args.report, map(vars, left_out))
     dataset = Dataset([(Source(args.shards), indexes)], wanted)
     print(dataset.summary())
     if not len(dataset):

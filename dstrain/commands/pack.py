@@ -23,8 +23,8 @@ appear only when they are whole, and OUT/pack.json says which are.
 
 import argparse
 
-from dstrain.commands.arguments import given, path, positive, printable
-from dstrain.errors import ConfigError
+from dstrain.commands.arguments import given, path, positive
+from dstrain.errors import ConfigError, printable
 
 ABOUT = "pack a folder, a table or tars of captioned pictures and videos into tar shards"
 SHOWN = 20  # refusals printed; the file has all

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstrain.commands.arguments import natural, positive
+from dstrain.commands.arguments import natural, output_fault, positive
 from dstrain.config import DataConfig
 from dstrain.errors import ConfigError, DataError, did_you_mean
 
@@ -112,10 +112,8 @@ def table(figures: "Figures") -> str:
 def _check_out(out: Path, formats: Sequence[str]) -> None:
     if out.suffix.lower() not in formats:
         raise ConfigError(f"--out {out}: its kind is not known; give a file that ends in {', '.join(formats)}")
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        raise ConfigError(f"--out {out} is {'a folder' if out.is_dir() else 'not a plain file'}; name a file")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if fault := output_fault(out):
+        raise ConfigError(f"--out {fault}")
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"--out {out}: the folder {out.parent} cannot be written to")
 

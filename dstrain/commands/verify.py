@@ -5,10 +5,10 @@ Bytes are compared with the index beside each shard, so index shards while they 
 """
 
 import argparse
-import json
 import os
 
-from dstrain.commands.arguments import positive, printable, report_file
+from dstrain.commands.arguments import positive, report_file
+from dstrain.errors import printable
 
 ABOUT = "find every damage in tar shards, by shard, byte and member"
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dstrain.data.shards.catalog import find_local
     from dstrain.data.shards.verify import verify_all
-    from dstrain.storage import write_atomic
+    from dstrain.storage import write_json_lines
 
     paths = find_local(args.shards)
     found = []
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(printable(str(damage)))
         found += damages
     if args.report is not None:
-        write_atomic(args.report, "".join(json.dumps(vars(damage)) + "\n" for damage in found).encode())
+        write_json_lines(args.report, map(vars, found))
     damaged = {damage.shard for damage in found if not damage.harmless}
     count = sum(not damage.harmless for damage in found)
     unsure = f"; {len(found) - count} without a fresh index to compare with" * (len(found) > count)

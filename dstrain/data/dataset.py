@@ -221,7 +221,7 @@ class Dataset:
         """Count the usable rows: by the totals of the index if they are enough, else row by row."""
         out = self.left_out
         out.counts.update(index.excluded_counts)
-        if index.excluded_counts and len(out.first) < _LISTED:
+        if len(out.first) < _LISTED:
             out.first += index.excluded[: _LISTED - len(out.first)]
         if self.wanted.takes_all(index):
             return index.samples

@@ -102,7 +102,7 @@ class Loader:
         self._operators = operators or Operators()
         self._seed, self._background, self._pin = seed, background, pin
         self._tries = _TRIES if replace else 0
-        self._ahead = _AHEAD * workers
+        self._workers = workers
         self._threads = ThreadPoolExecutor(workers, "dstrain-loader", torch.set_num_threads, (1,)) if workers else None
         self._fetcher = ThreadPoolExecutor(1, "dstrain-fetcher") if dataset.is_remote else None
         self._fetching: list[int] = []
@@ -150,13 +150,13 @@ class Loader:
         """Put a pack to work in parts, twice as many as there are threads: handing over takes time as well."""
         if self._threads is None:
             return []
-        size = max(1, len(draws) * _AHEAD // (2 * self._ahead))
+        size = max(1, len(draws) // (2 * self._workers))
         return [self._threads.submit(self._fetch_all, draws[i : i + size]) for i in range(0, len(draws), size)]
 
     def _fill(self) -> None:
         """Put packs to work: always the next one, and more until enough samples are under way."""
         start = time.perf_counter()
-        while not self._queue or sum(max(1, len(coming.draws)) for coming in self._queue) < self._ahead:
+        while not self._queue or sum(max(1, len(coming.draws)) for coming in self._queue) < _AHEAD * self._workers:
             self._queue.append(next(self._coming))
         self.wait_s += time.perf_counter() - start
 

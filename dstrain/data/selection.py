@@ -115,11 +115,11 @@ class Wanted:
         there = numbers >= 0
         parts = np.zeros(numbers.shape, index.parts.dtype)
         parts[there] = index.parts[numbers[there]]
-        there = parts["kind"] == [Content.VIDEO if "video" in column else Content.IMAGE for column in self.columns]
+        fits = parts["kind"] == [_content_of(column) for column in self.columns]
         widths, heights = self.resolution.sizes(parts["width"], parts["height"])
         frames = clip_frames(parts["frames"], parts["fps"], self.clip.frames, self.clip.fps)
         captioned = (index.rows["caption_bytes"] > 0) | (not self.captioned)
-        usable = captioned & (there & (widths > 0) & (frames > 0)).all(axis=1)
+        usable = captioned & (fits & (widths > 0) & (frames > 0)).all(axis=1)
         return parts, widths, heights, frames, usable
 
     def _why(
@@ -128,8 +128,11 @@ class Wanted:
         for column, part, width, count in zip(self.columns, parts, widths.tolist(), frames.tolist()):
             if not part["size"]:
                 return Reason.NO_IMAGE, f"there is no {column}"
-            if part["kind"] != (Content.VIDEO if "video" in column else Content.IMAGE):
-                return Reason.NO_IMAGE, f"{column} is no {'video' if 'video' in column else 'picture'}"
+            if part["kind"] != _content_of(column):
+                return (
+                    Reason.NO_IMAGE,
+                    f"{column} is no {'video' if _content_of(column) is Content.VIDEO else 'picture'}",
+                )
             if not width:
                 return Reason.IMAGE_TOO_SMALL, f"{column} is {part['width']} x {part['height']} pixels: {self._least()}"
             if not count:
@@ -147,6 +150,10 @@ class Wanted:
             return np.zeros((), np.int64)
         tokens = np.minimum(np.asarray(caption_bytes, np.int64) // _BYTES_A_TOKEN, _MAX_TEXT_TOKENS)
         return np.asarray(tokens + _TEMPLATE_TOKENS)
+
+
+def _content_of(column: str) -> Content:
+    return Content.VIDEO if "video" in column else Content.IMAGE
 
 
 def _latent_frames(frames: np.ndarray | int) -> np.ndarray:

@@ -24,8 +24,12 @@ def captions_of(data: bytes, kind: str) -> list[str]:
         raise BadSample(Reason.CAPTION_ENCODING, f"the caption is not UTF-8: {error.reason}") from error
     if kind != "json":
         return [clean(text)]
-    captions = _from_json(text)
-    return [clean(entry) for entry in captions if not _blank(entry)] or [clean("")]
+    return clean_all(_from_json(text))
+
+
+def clean_all(texts: list[str]) -> list[str]:
+    """Clean each text, passing over blank ones; raises BadSample as `clean` does, also if all are blank."""
+    return [clean(text) for text in texts if not is_blank(text)] or [clean("")]
 
 
 def clean(text: str) -> str:
@@ -48,7 +52,8 @@ def check_length(size: int, limit: int = MAX_CAPTION_BYTES) -> None:
         raise BadSample(Reason.CAPTION_TOO_LONG, f"{size} bytes of caption, more than {limit}")
 
 
-def _blank(text: str) -> bool:
+def is_blank(text: str) -> bool:
+    """Whether nothing can be seen in a text."""
     return not text.replace("\ufeff", "").strip()
 
 

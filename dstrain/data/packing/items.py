@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dstrain.data.media.captions import MAX_CAPTION_BYTES, captions_of, clean
+from dstrain.data.media.captions import MAX_CAPTION_BYTES, captions_of, clean_all
 from dstrain.data.media.containers import MAX_VIDEO_BYTES
 from dstrain.data.media.probe import MAX_IMAGE_BYTES
 from dstrain.data.reader import ShardReader
@@ -169,12 +169,7 @@ def _texts(caption: Any) -> list[str]:
     texts = caption if isinstance(caption, list) else ["" if caption is None else caption]
     if not all(isinstance(text, str) for text in texts):
         raise BadSample(Reason.NO_CAPTION, f"the caption is {caption!r:.40}, not text")
-    return [clean(text) for text in texts if not is_blank(text)] or [clean("")]
-
-
-def is_blank(text: str) -> bool:
-    """Whether nothing can be seen in a text."""
-    return not text.replace("\ufeff", "").strip()
+    return clean_all(texts)
 
 
 def _limit(content: Content) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dstrain.data.packing.items import FileItem, is_blank
+from dstrain.data.media.captions import is_blank
+from dstrain.data.packing.items import FileItem
 from dstrain.data.reasons import Reason
 from dstrain.data.shards.arrays import MAX_COLUMNS
 from dstrain.data.shards.names import IMAGE_KINDS, VIDEO_KINDS

@@ -15,6 +15,7 @@ from dstrain.data.media.video import decode_video
 from dstrain.data.reasons import BadSample
 from dstrain.data.selection import Selected
 from dstrain.data.shards.names import Content
+from dstrain.errors import printable
 from dstrain.rng import Purpose, words
 
 VIDEO_FRAMES = 3  # that are shown of a video: the first, the middle and the last
@@ -186,13 +187,7 @@ def visible(text: str) -> str:
 
     Joiners stay, because they shape the letters of some scripts.
     """
-    return " ".join("".join(map(_seen, word)) for word in text.split())
-
-
-def _seen(character: str) -> str:
-    if character.isprintable() or character in "\u200c\u200d":
-        return character
-    return character.encode("unicode_escape").decode()
+    return " ".join(printable(word, keep="\u200c\u200d") for word in text.split())
 
 
 def _counts(dataset: Dataset) -> np.ndarray:
