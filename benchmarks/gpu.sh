@@ -17,7 +17,7 @@ step() { # name of the figure, ds_config, arguments
         --out "$out/$name-$1.json" "${@:3}"
 }
 step 4096-zero3 zero3 --layers 8 --image_tokens 4096 --text_tokens 512
-step 4096-zero3-keep zero3 --layers 8 --image_tokens 4096 --text_tokens 512 --no-activation_checkpointing
+step 4096-zero3-keep zero3 --layers 8 --image_tokens 4096 --text_tokens 512 --activations none
 step 1024x4-zero3 zero3 --layers 8 --image_tokens 1024 --text_tokens 128 --samples 4
 step 4096-zero3_offload zero3_offload --layers 16 --image_tokens 4096 --text_tokens 512
 python benchmarks/train_step.py --layers 4 --image_tokens 4096 --text_tokens 512 --out "$out/$name-4096-plain.json"

@@ -108,7 +108,7 @@ class ShardedEngine:
 
         def make() -> QwenImageDiT:
             model = QwenImageDiT(params)
-            model.activation_checkpointing = args.activation_checkpointing
+            model.activations = (args.activations,)
             return model
 
         def fill(name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
@@ -124,7 +124,7 @@ class ShardedEngine:
         self.engine.backward(loss * self.scale, last=last)
 
     def step(self) -> None:
-        self.engine.step(1e-5)
+        self.engine.step(1.0)
 
 
 def make_engine(args: argparse.Namespace, params: QwenImageParams, device: torch.device) -> Engine:
@@ -132,7 +132,7 @@ def make_engine(args: argparse.Namespace, params: QwenImageParams, device: torch
     if args.ds_config is None:
         torch.manual_seed(0)
         model = QwenImageDiT(params).to(device)
-        model.activation_checkpointing = args.activation_checkpointing
+        model.activations = (args.activations,)
         return PlainEngine(model, args.micro_steps)
     return ShardedEngine(args, params)
 
@@ -151,7 +151,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text_tokens", type=positive, default=128, help="a sample's (default: 128)")
     add("--samples", type=positive, default=1, help="samples of a pack, on every rank (default: 1)")
     add("--micro_steps", type=positive, default=1, help="packs of a step, on every rank (default: 1)")
-    add("--activation_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="by block")
+    add("--activations", choices=("none", "attention", "full", "offload"), default="full", help="what a block keeps")
     add("--warmup", type=positive, default=3, help="steps before the clock runs (default: 3)")
     add("--repeats", type=positive, default=10, help="steps that are timed, twice (default: 10)")
     add("--out", type=Path, help="write the JSON to this file as well")

@@ -18,11 +18,12 @@ import yaml
 from dstrain.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+Activations = Literal["none", "attention", "full", "offload"]
 
 
 def knob(default: Any, about: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A field with its default (`...` = must be given), one line for `--help`, and its range."""
-    metadata = {"about": about, "low": low, "high": high}
+    metadata = {"about": about, "low": low, "high": high, "may_be_empty": default == []}
     if default is ...:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -39,7 +40,14 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = knob("pretrained", "start from the folder's weights, or from scratch")
     components: dict[str, str] = knob({}, "component from elsewhere, e.g. {vae: org/name:vae/*.safetensors}")
     gelu: Literal["tanh", "sigmoid"] = knob("tanh", "tanh as in diffusers, sigmoid as in DiffSynth")
-    activation_checkpointing: bool = knob(True, "recompute each block in the backward instead of keeping it")
+    activations: list[Activations] = knob(
+        ["full"],
+        "what a block keeps for its backward: none = everything, attention = the attention's result, full = its inputs"
+        " only, offload = these in host memory; a list is repeated over the blocks, e.g. [full, none]",
+    )
+    encoders: Literal["resident", "offload"] = knob(
+        "resident", "where VAE and text encoder stay between uses: on the device, or in host memory"
+    )
     encoder_dtype: Literal["bf16", "fp32", "auto"] = knob("auto", "dtype of VAE and text encoder; auto as the DiT")
 
 
@@ -130,16 +138,61 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW: DeepSpeed's CPU form when the ds_config offloads the optimizer, PyTorch's fused form otherwise."""
+class LoraConfig:
+    """Low-rank adapters instead of the weights themselves (Hu et al., arXiv 2106.09685), through PEFT."""
 
+    rank: int = knob(0, "0 = train the weights themselves", low=0, high=1 << 12)
+    alpha: float = knob(0.0, "scale is alpha / rank; 0 = rank", low=0, high=1e6)
+    dropout: float = knob(0.0, "of the adapters' inputs", low=0, high=0.99)
+    rslora: bool = knob(False, "scale alpha / sqrt(rank) (arXiv 2312.03732)")
+    dora: bool = knob(False, "train the length of each output's weights besides (arXiv 2402.09353)")
+    init: Literal["kaiming", "gaussian"] = knob("kaiming", "of the matrix A; B starts at zero")
+    targets: list[str] = knob([], "patterns of layer names, e.g. attn.to_q or *.img_mlp.*; empty = the family's")
+    base: Literal["bf16", "fp8", "int8", "nf4"] = knob(
+        "bf16", "how the frozen weights under the adapters are kept; bf16 = as the ds_config says"
+    )
+    path: str = knob("", "start from this LoRA file (PEFT, diffusers or ComfyUI); empty = from nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What moves the weights. With a ds_config that has its own `optimizer` or `scheduler`, leave these out."""
+
+    name: Literal["adamw", "adamw_8bit", "muon"] = knob(
+        "adamw", "adamw: DeepSpeed's CPU form with offload, PyTorch's fused form otherwise"
+    )
     lr: float = knob(1e-5, "peak learning rate", low=0)
     betas: list[float] = knob([0.9, 0.999], "decay of the two moments")
     eps: float = knob(1e-8, "added to the root of the second moment", low=0)
     weight_decay: float = knob(0.01, "decoupled weight decay; not on norms and biases", low=0)
+    momentum: float = knob(0.95, "of the matrices (muon)", low=0, high=0.9999)
+    muon_lr: float = knob(0.02, "peak learning rate of the matrices (muon); lr is that of all others", low=0)
     warmup_steps: int = knob(0, "steps of linear warm-up", low=0)
-    decay: Literal["constant", "linear", "cosine"] = knob("cosine", "form of the schedule after warm-up")
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = knob(
+        "cosine", "after the warm-up; wsd = constant, then linear over the last decay_steps"
+    )
+    decay_steps: int = knob(0, "steps of the decay at the end (wsd); 0 = a tenth of the run", low=0)
     min_lr_ratio: float = knob(0.0, "end of the decay, as a share of lr", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """An average of the weights over the steps, kept by each rank for its own share."""
+
+    decay: float = knob(0.0, "of the average a step, e.g. 0.9999; 0 = no average", low=0, high=0.9999999)
+    device: Literal["auto", "cpu"] = knob("auto", "where it is kept; auto = beside the fp32 weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Pictures painted during the training, into RUN_DIR/samples/step-N."""
+
+    every: int = knob(0, "steps between; 0 = none", low=0)
+    prompts: list[str] = knob([], "what to paint")
+    height: int = knob(1024, "in pixels", low=16, high=1 << 13)
+    width: int = knob(1024, "in pixels", low=16, high=1 << 13)
+    steps: int = knob(30, "Euler steps", low=1, high=1000)
+    cfg: float = knob(4.0, "strength of the guidance; 1 = none", low=1, high=100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +200,9 @@ class TrainConfig:
     """How long, and what is kept."""
 
     steps: int = knob(..., "optimizer steps of the whole run", low=1, high=1 << 31)
+    parameters: list[str] = knob(
+        ["*"], "patterns of the names that train, e.g. transformer_blocks.*; !pattern takes out again (not with lora)"
+    )
     save_every: int = knob(500, "steps between checkpoints; the last step is always saved", low=1)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep", low=2)
     export: bool = knob(True, "write diffusers safetensors at the end")
@@ -173,9 +229,23 @@ class Recipe:
     train: TrainConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    stated: typing.ClassVar[frozenset[str]] = frozenset()  # dotted keys that were written down; the rest are defaults
 
     def __post_init__(self) -> None:
+        if self.lora.rank and self.train.parameters != ["*"]:
+            raise ConfigError("train.parameters and lora.rank exclude each other: with LoRA only the adapters train")
+        if not self.lora.rank and self.lora != LoraConfig():
+            raise ConfigError(
+                "lora has settings but lora.rank is 0; give the rank of the adapters, or remove the section"
+            )
+        if self.lora.dora and self.lora.base != "bf16":
+            raise ConfigError(
+                f"lora.dora needs the base weights as they are; it does not go with lora.base {self.lora.base}"
+            )
         if len(self.optimizer.betas) != 2 or not all(0 <= b < 1 for b in self.optimizer.betas):
             raise ConfigError(f"optimizer.betas must be two numbers in [0, 1), not {self.optimizer.betas}")
         if self.optimizer.warmup_steps > self.train.steps:
@@ -199,7 +269,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, batch, train, ...)")
     for override in overrides:
         _apply(tree, override)
-    return build(Recipe, tree, f"{path} with {' '.join(overrides)}" if overrides else str(path))
+    recipe = build(Recipe, tree, f"{path} with {' '.join(overrides)}" if overrides else str(path))
+    object.__setattr__(recipe, "stated", frozenset(flat(tree)))
+    return recipe
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -269,6 +341,7 @@ def describe(cls: type = Recipe, prefix: str = "") -> list[tuple[str, str, str]]
         default: Any = factory() if factory is not MISSING else f.default
         if default is MISSING:
             default = "required"
+        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         about = f.metadata["about"] + (f" [{' | '.join(map(str, choices))}]" if choices else "")
         rows.append((prefix + f.name, str(default), about))
@@ -308,7 +381,7 @@ def _coerce(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> A
         return value
     if origin is list:
         items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not items:
+        if not isinstance(items, list) or not (items or metadata.get("may_be_empty")):
             raise ConfigError(f"{where} must be a list with at least one entry, not {value!r}")
         return [_coerce(item, args[0], {}, where) for item in items]
     if origin is dict:

@@ -1,7 +1,10 @@
 """A run that has been checked: what is refused is refused here, cheaply, before anything heavy is built."""
 
+import hashlib
+import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,14 @@ from dstrain.data.selection import Clip, Wanted
 from dstrain.engine import checkpoint
 from dstrain.engine.distributed import has_fast_bf16
 from dstrain.engine.ds_config import check_sections, complete, offload, stage, uses_bf16
-from dstrain.engine.estimate import estimate
+from dstrain.engine.ds_optimizer import settle
 from dstrain.errors import ConfigError
 from dstrain.kernels.backend import choose
+from dstrain.models.base import DiT
+from dstrain.models.init import initial_slice
+from dstrain.models.lora import Fill, plain_name
+from dstrain.models.lora_files import read_lora, scale
+from dstrain.models.trained import choose_trained, start_values
 from dstrain.models.weights import Weights
 from dstrain.objectives import OBJECTIVES
 from dstrain.pipelines.base import PIPELINES, Pipeline
@@ -42,9 +50,35 @@ class Job:
     plan: Plan
     pipeline: Pipeline  # without its components
     components: dict[str, Path]  # local folder of each
-    shapes: dict[str, torch.Size]  # of the trained parameters
-    width: int
-    depth: int
+    adapters: dict[str, torch.Tensor]  # read from lora.path
+    shapes: dict[str, torch.Size]  # of the transformer's parameters, as its family has them
+    trained: dict[str, torch.Size]  # of what trains: some of these, or adapters
+
+    def build_transformer(self) -> DiT:
+        """Build the transformer as it is trained, on the current device, which should be meta."""
+        return shape_transformer(self.pipeline, self.recipe)
+
+    @property
+    def trained_digest(self) -> str:
+        """SHA-256 of the names and shapes of what trains."""
+        return hashlib.sha256(json.dumps(self.trained).encode()).hexdigest()
+
+    def start_values(self) -> Fill:
+        """Return what every parameter of `build_transformer` starts from; nothing is read before it is asked for."""
+        recipe = self.recipe
+        if recipe.model.init == "pretrained":
+            weights = Weights(self.components["transformer"])
+
+            def base(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+                return weights.read(name, start, stop)
+        else:
+            with torch.device("meta"):
+                model = self.pipeline.build_transformer()
+
+            def base(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+                return initial_slice(model, name, shape, recipe.seed, start, stop)
+
+        return start_values(base, self.shapes, recipe.lora, recipe.seed, self.adapters)
 
 
 def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size: int) -> Job:
@@ -59,8 +93,8 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
         choose(recipe.objective.kernel, device)
     except ValueError as e:
         raise ConfigError(f"objective.kernel: {e}") from None
+    recipe = settle(recipe, ds_config, ds_path)
     bf16 = uses_bf16(ds_config, has_fast_bf16(device))
-    config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path)
     checkpoint.check_writable(Path(recipe.run_dir))
     wanted = wanted_samples(recipe.data, family.columns())
     dataset = open_data(recipe.data, wanted)
@@ -71,6 +105,7 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
     pipeline.check_fit()
     with torch.device("meta"):
         model = pipeline.build_transformer()
+        trained_model = shape_transformer(pipeline, recipe)
     plan = Plan(
         dataset,
         seed=recipe.seed,
@@ -81,43 +116,74 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
         window=recipe.data.shuffle_window,
     )
     shapes = {name: p.shape for name, p in model.named_parameters()}
+    trained = {plain_name(name): p.shape for name, p in trained_model.named_parameters() if p.requires_grad}
     if recipe.model.init == "pretrained":
         Weights(components["transformer"]).check(shapes)
+    adapters = read_adapters(recipe, shapes)
+    _check_sampling(recipe, pipeline)
+    config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path, block=block_size(model))
     check_sections(ds_config, ds_path)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return Job(
-        recipe, config, world_size, device, dtype, dataset, plan, pipeline, components, shapes, model.width, model.depth
+        recipe, config, world_size, device, dtype, dataset, plan, pipeline, components, adapters, shapes, trained
     )
+
+
+def shape_transformer(pipeline: Pipeline, recipe: Recipe) -> DiT:
+    """Build the transformer with what the recipe asks of it, on the current device, which should be meta."""
+    model = pipeline.build_transformer()
+    model.activations = tuple(recipe.model.activations)
+    choose_trained(model, recipe.train.parameters, recipe.lora)
+    return model
+
+
+def block_size(model: DiT) -> int:
+    """Return the parameters of one block."""
+    return max(sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, model.block_class))
+
+
+def read_adapters(recipe: Recipe, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Read the adapters that the recipe starts from, plain names; ConfigError if they are of another kind."""
+    lora = recipe.lora
+    if not lora.path:
+        return {}
+    tensors, found = read_lora(Path(lora.path).expanduser(), shapes)
+    theirs = {"rank": found.rank, "dora": found.dora, "scale": round(scale(found), 6)}
+    ours = {"rank": lora.rank, "dora": lora.dora, "scale": round(scale(lora), 6)}
+    if theirs != ours:
+        raise ConfigError(
+            f"lora.path {lora.path} holds adapters with {theirs}, and lora.rank, dora, alpha and rslora say {ours};"
+            " give lora the same"
+        )
+    return tensors
+
+
+def _check_sampling(recipe: Recipe, pipeline: Pipeline) -> None:
+    wanted = recipe.sample
+    if wanted.every and not wanted.prompts:
+        raise ConfigError("sample.every is given without sample.prompts; name what is to be painted")
+    if wanted.every:
+        pipeline.shape_of(wanted.height, wanted.width)
 
 
 def announce(job: Job) -> None:
     """Log every derived number of the run."""
     recipe, config = job.recipe, job.ds_config
-    count = sum(s.numel() for s in job.shapes.values())
+    count, trained = (sum(s.numel() for s in shapes.values()) for shapes in (job.shapes, job.trained))
     figures = [job.plan.figures(step) for step in range(min(3, recipe.train.steps))]
     micro = max(micros for micros, _, _ in figures)
     used, waiting = (sum(figure[i] for figure in figures) / len(figures) for i in (1, 2))
-    word = encoder_dtype(job).itemsize
-    frozen = [Weights(folder) for name, folder in job.components.items() if name in ("vae", "text_encoder")]
-    need = estimate(
-        config,
-        parameters=count,
-        world_size=job.world_size,
-        width=job.width,
-        layers=job.depth,
-        tokens=min(recipe.batch.tokens_per_pack, recipe.batch.global_batch_size * job.dataset.max_tokens),
-        encoder_bytes=word * sum(e.shape.numel() for w in frozen for e in w.entries.values()),
-        checkpointing=recipe.model.activation_checkpointing,
-    )
     samples = recipe.train.steps * recipe.batch.global_batch_size
     moved = [f"{what} on {offload(config, what)}" for what in ("param", "optimizer") if offload(config, what) != "none"]
     dtype = str(job.dtype).removeprefix("torch.")
     clip = config["gradient_clipping"]
     ranks = f"{job.world_size} rank{'s' * (job.world_size > 1)}"
+    lora = recipe.lora
+    adapters = f" in LoRA adapters of rank {lora.rank} on {lora.base} weights" if lora.rank else ""
     rows = {
         "data": job.dataset.summary(),
         "model": f"{recipe.model.family} from {job.components['transformer']} ({recipe.model.init} weights)",
-        "parameters": f"{count:,} ({count:,} trained) in {job.depth} blocks of width {job.width}",
+        "parameters": f"{count:,}, {trained:,} trained{adapters}",
         "engine": ", ".join(
             [
                 f"ZeRO-{stage(config)}",
@@ -132,8 +198,6 @@ def announce(job: Job) -> None:
         f" {used:.0%} full, the costliest rank {waiting:.1%} above the mean",
         "run": f"{recipe.train.steps} steps = {samples:,} samples = {samples / len(job.dataset):.1f} epochs"
         f" into {recipe.run_dir}",
-        "memory": f"about {need.device / 2**30:.2f} GiB on the device and {need.host / 2**30:.2f} GiB in the host"
-        " a rank (estimated)",
     }
     for key, value in rows.items():
         log.info("%-10s  %s", key, value)

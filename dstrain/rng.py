@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     SHARD_ORDER = 6
     SOURCE = 7
     AUGMENT = 8
+    DROPOUT = 9
 
 
 def _rounds(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
@@ -80,6 +81,12 @@ def words(seed: int, purpose: Purpose, draw: int, group: int) -> tuple[int, int,
 def uniform(seed: int, purpose: Purpose, draws: Tensor) -> Tensor:
     """Return one fp32 uniform number in (0, 1) for each int64 draw number; shape and device as `draws`."""
     return words_to_uniform(_rounds(seed_key(seed), _counter(purpose, draws, 0))[0])
+
+
+def uniform_at(seed: int, purpose: Purpose, draws: Tensor, elements: Tensor) -> Tensor:
+    """Return fp32 uniform numbers in (0, 1), number `element` of each draw; `draws` and `elements` int64, broadcast."""
+    lanes = torch.stack(torch.broadcast_tensors(*_rounds(seed_key(seed), _counter(purpose, draws, elements // 4))))
+    return words_to_uniform(lanes.gather(0, (elements % 4).expand(lanes.shape[1:])[None])[0])
 
 
 def _box_muller(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tensor]:

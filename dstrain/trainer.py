@@ -19,16 +19,16 @@ from dstrain.data.media.resolution import colour
 from dstrain.data.policy import Bad, BadSamples, read_quarantine
 from dstrain.engine import checkpoint, distributed
 from dstrain.engine.distributed import World
-from dstrain.engine.ds_config import stage
-from dstrain.engine.engine import build_engine
-from dstrain.engine.export import export
-from dstrain.engine.lr import learning_rate
+from dstrain.engine.ds_rules import stage
+from dstrain.engine.engine import Engine, build_engine
+from dstrain.engine.export import export, open_base, open_checkpoint
+from dstrain.engine.lr import lr_factor
+from dstrain.engine.state import State
 from dstrain.errors import CheckpointError, DataError, TrainingHalted
 from dstrain.job import Job, encoder_dtype, load_pipeline, make_objective
-from dstrain.models.base import DiT
-from dstrain.models.init import initial_slice
-from dstrain.models.weights import Weights
+from dstrain.painting import paint
 from dstrain.pipelines.cache import EncodedCache
+from dstrain.rng import Purpose, words
 from dstrain.storage import write_json
 from dstrain.tracking.metrics import SIGMA_BINS, Throughput, memory, sigma_bins
 from dstrain.tracking.tracker import Tracker, open_trackers
@@ -55,7 +55,6 @@ class Trainer:
             dtype=encoder_dtype(job),
             load=tuple(job.pipeline.loaders),
         )
-        self.engine = build_engine(self._make, self._fill(), job.ds_config, world.device)
         self.objective = make_objective(recipe)
         data = recipe.data
         operators = Operators(data.crop, data.flip, data.caption, data.shuffle_tags, data.keep_tags, data.tag_separator)
@@ -81,17 +80,17 @@ class Trainer:
         self.bad = BadSamples(data.max_bad_samples, data.max_consecutive_bad, quarantine, dict(known))
         # What must be the same for a checkpoint to be continued exactly.
         self.facts = {
-            "world_size": world.size,
-            "zero_stage": stage(job.ds_config),
             "dtype": str(job.dtype),
             "seed": recipe.seed,
             "global_batch_size": recipe.batch.global_batch_size,
             "data": job.dataset.digest,
             "shuffle_window": data.shuffle_window,
-            "parameters": sum(s.numel() for s in job.shapes.values()),
+            "trained": job.trained_digest,
+            "optimizer": recipe.optimizer.name,
         }
         distributed.check_agreement({**self.facts, **flat(to_dict(recipe))})
-        self.first_step = self._resume(resume)
+        self.saved = self._checkpoint(resume)  # the checkpoint that holds the newest state on disk
+        self.engine, self.first_step = self._start()
 
     def run(self) -> bool:
         """Train what is not done yet, and export; False if a signal stopped it before the end.
@@ -108,10 +107,11 @@ class Trainer:
             return False
         if todo <= 0 and self.world.is_main:
             log.info("all %d steps are done; more of them: train.steps=N", recipe.train.steps)
-        if recipe.train.export and (todo > 0 or not folder.is_dir()):
-            export(self.engine, folder, self.job.components, self.pipeline.index)
-            if self.world.is_main:
-                log.info("exported to %s (diffusers layout)", folder)
+        if recipe.train.export and self.world.is_main and (todo > 0 or not folder.is_dir()):
+            assert self.saved is not None
+            state = open_checkpoint(self.saved, ema=recipe.ema.decay > 0)
+            export(state, folder, lambda: open_base(self.pipeline, recipe.model.init, recipe.seed))
+            log.info("exported to %s (%s)", folder, "LoRA files" if recipe.lora.rank else "diffusers layout")
         return True
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -144,6 +144,10 @@ class Trainer:
                     self._save(step + 1, tracker)
                 if stopping and step + 1 < steps:
                     return False
+                if recipe.sample.every and ((step + 1) % recipe.sample.every == 0 or step + 1 == steps):
+                    folder = run_dir / "samples" / f"step-{step + 1:08d}"
+                    grid = paint(self.engine, self.pipeline, recipe.sample, recipe.seed, folder, self.world)
+                    tracker.log_image(step, "samples", grid)
         finally:
             bar.close()
             tracker.finish()
@@ -158,6 +162,8 @@ class Trainer:
         sums = torch.zeros(4 + 2 * SIGMA_BINS, dtype=torch.float64)
         encode_s = 0.0
         micro_steps = 0
+        if self.recipe.lora.dropout:
+            torch.manual_seed(words(self.recipe.seed, Purpose.DROPOUT, step, self.world.rank)[0])
         bad: list[Bad] = []
         for pack, last in _with_last(self.loader.step(step)):
             samples = self._agreed(pack, bad)
@@ -184,9 +190,9 @@ class Trainer:
         loss, tokens, flops, stopping = sums[:4].tolist()
         if not torch.isfinite(sums[0]):
             raise TrainingHalted(self._halted(step, f"the loss is {loss}"))
-        lr = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
+        factor = lr_factor(self.recipe.optimizer, step, self.recipe.train.steps)
         before_step = time.perf_counter()
-        grad_norm = self.engine.step(lr)
+        grad_norm = self.engine.step(factor, step)
         now = time.perf_counter()
         if not math.isfinite(grad_norm):
             raise TrainingHalted(self._halted(step, f"the gradient norm is {grad_norm}"))
@@ -194,12 +200,13 @@ class Trainer:
         return {
             "stopping": stopping,
             "loss": loss,
-            "lr": lr,
+            "lr": self.recipe.optimizer.lr * factor,
             "grad_norm": grad_norm,
             "step_s": now - started,
             "data_wait_s": self.loader.wait_s - waited,
             "encode_s": encode_s,
             "optimizer_s": now - before_step,
+            "optimizer_share": (now - before_step) / (now - started),
             "samples_seen": (step + 1) * total,
             "micro_steps": micro_steps,
             "bad_samples": len(self.bad),
@@ -237,28 +244,44 @@ class Trainer:
         batch |= {name: [s.columns[name] for s in samples] for name in self.job.dataset.wanted.columns}
         return self.cache.encode([s.row for s in samples], batch)
 
-    def _make(self) -> DiT:
-        model = self.pipeline.build_transformer()
-        model.activation_checkpointing = self.recipe.model.activation_checkpointing
-        return model
+    def _start(self) -> tuple[Engine, int]:
+        """Build the engine from the recipe's weights, or those of the checkpoint that is continued; and its step."""
+        job, recipe, path = self.job, self.recipe, self.saved
+        start_values = job.start_values()
+        saved = State(path) if path else None
 
-    def _fill(self) -> Any:
-        if self.recipe.model.init == "pretrained":
-            weights = Weights(self.job.components["transformer"])
-            return lambda name, shape, start, stop: weights.read(name, start, stop)
-        with torch.device("meta"):
-            model = self._make()
-        return lambda name, shape, start, stop: initial_slice(model, name, shape, self.recipe.seed, start, stop)
+        def fill(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+            if saved and name in saved.shapes:
+                return saved.read("weight", name, start, stop)
+            return start_values(name, shape, start, stop)
 
-    def _resume(self, resume: str) -> int:
+        ema = recipe.ema
+        engine = build_engine(
+            job.build_transformer,
+            fill,
+            job.ds_config,
+            self.world.device,
+            ema_decay=ema.decay,
+            ema_on_cpu=ema.device == "cpu",
+        )
+        if path is None or saved is None:
+            return engine, 0
+        engine.master.restore(saved)
+        step = checkpoint.read_manifest(path)["step"]
+        if self.world.is_main:
+            log.info("continuing from %s at step %d of %d", path, step, recipe.train.steps)
+        return engine, step
+
+    def _checkpoint(self, resume: str) -> Path | None:
+        """Return the checkpoint to continue from, if there is one, after checking that it fits this run."""
         folder = Path(self.recipe.run_dir) / "checkpoints"
         if resume == "never":
             if any(folder.glob("step-*")):
                 raise CheckpointError(f"{folder} holds an earlier run's checkpoints; choose another run_dir")
-            return 0
+            return None
         path = checkpoint.find(folder) if resume == "auto" else Path(resume)
         if path is None:
-            return 0
+            return None
         if resume != "auto" and (problem := checkpoint.damage(path)):
             raise CheckpointError(f"--resume {resume}: {problem}")
         manifest = checkpoint.read_manifest(path)
@@ -268,19 +291,22 @@ class Trainer:
             for key in sorted(key for key in now if key in then and then[key] != now[key]):
                 log.info("changed since the checkpoint: %s = %s, was %s", key, now[key], then[key])
         checkpoint.set_aside_newer(path)
-        step = checkpoint.load(self.engine, path)
-        if self.world.is_main:
-            log.info("continuing from %s at step %d of %d", path, step, self.recipe.train.steps)
-        return step
+        return path
 
     def _save(self, step: int, tracker: Tracker) -> None:
         tracker.sync()
         folder = Path(self.recipe.run_dir) / "checkpoints"
-        facts = {**self.facts, "torch": torch.__version__, "recipe": to_dict(self.recipe)}
-        path = checkpoint.save(self.engine, folder, step, facts, self.recipe.train.keep_checkpoints)
+        facts = {
+            **self.facts,
+            "torch": torch.__version__,
+            "world_size": self.world.size,
+            "zero_stage": stage(self.job.ds_config),
+            "recipe": to_dict(self.recipe),
+        }
+        self.saved = checkpoint.save(self.engine, folder, step, facts, self.recipe.train.keep_checkpoints)
         if self.world.is_main:
             with logging_redirect_tqdm():
-                log.info("saved %s", path)
+                log.info("saved %s", self.saved)
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dstrain.data import Loader, Plan, loader, open_dataset
+from dstrain.data import Loader, Plan, open_dataset, sample
 from dstrain.data.media.decode import decode
 from dstrain.data.media.probe import probe
 from dstrain.data.media.resolution import Resolution
@@ -92,7 +92,7 @@ def decoded(tars: Path, workers: int) -> Iterator[list[tuple[Tensor, str]]]:
     for step in count():
         for pack in reading.step(step):
             assert pack.error is None and not pack.bad
-            yield [(sample.image, sample.caption) for sample in pack.samples]
+            yield [(one.image, one.caption) for one in pack.samples]
 
 
 def make_large(picture: Path, folder: Path, samples: int, shards: int) -> None:
@@ -119,7 +119,7 @@ def resume(folder: Path, part: float) -> dict[str, Any]:
         decodes += 1
         return decode(*args, **kwargs)
 
-    loader.decode = counted
+    sample.decode = counted
     start = time.perf_counter()
     reading, plan = _loader([str(folder)], workers=0)
     opened = time.perf_counter()

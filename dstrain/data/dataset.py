@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from dstrain.data.remote.urls import is_remote
 from dstrain.data.selection import Selected, Wanted
 from dstrain.data.shards.catalog import find_shards, open_indexes
 from dstrain.data.shards.index import Excluded, ShardIndex
-from dstrain.data.shards.names import Content
+from dstrain.data.shards.names import ENCODED, Content
 from dstrain.errors import ConfigError, DataError
 
 _KEPT_ROWS = 1 << 20  # of the shards used last; they take about 200 bytes a row
@@ -40,7 +40,7 @@ class Source:
 
 @dataclass(frozen=True)
 class File:
-    """A picture or video as it is stored, and the size that it is to have: pixels, and frames of a video."""
+    """A picture, video or encoded sample as it is stored, and the size that it is to have: pixels, and frames."""
 
     data: bytes
     content: Content
@@ -244,12 +244,14 @@ def open_dataset(
     cache: Cache | None = None,
     workers: int = 0,
     progress: bool = False,
+    encoded: bool = False,
 ) -> Dataset:
     """Open tar files, folders of tar files, globs and URLs as one dataset, making the indexes that are missing.
 
     sources: shards, or several named sources. cache: where remote shards are kept. workers: processes that make
-    indexes. Raises DataError if an entry names nothing, a shard is not a plain tar, or a source has no usable sample;
-    ConfigError for repeats and weights that do not go together.
+    indexes. encoded: want encoded samples, instead of what `wanted` says, if the shards hold such.
+    Raises DataError if an entry names nothing, a shard is not a plain tar, a source has no usable sample, or only some
+    shards are encoded; ConfigError for repeats and weights that do not go together.
     """
     named = sources if isinstance(sources, Mapping) else {"shards": Source(sources)}
     _check_weights(named)
@@ -265,6 +267,8 @@ def open_dataset(
         indexes = [next(fetched if is_remote(location) else local) for location in found]
         urls |= {index.path: url for index, url in zip(indexes, found) if is_remote(url)}
         opened.append((source, indexes))
+    if encoded:
+        wanted = _as_held(wanted or Wanted(), [index for _, indexes in opened for index in indexes], urls)
     dataset = Dataset(opened, wanted, cache=cache, urls=urls)
     for name, part, (_, shards) in zip(named, dataset.parts, opened):
         if not part.counts.sum():
@@ -272,13 +276,32 @@ def open_dataset(
             reasons = f" (left out: {ranked(out)})" if out else ""
             of = f" of source {name!r}" if len(named) > 1 else ""
             columns = " and ".join(dataset.wanted.columns)
-            sizes = "; data.min_pixels, width, height and upscale say what is too small"
+            sizes = ""
+            if Reason.IMAGE_TOO_SMALL in out:
+                sizes = "; data.min_pixels, width, height and upscale say what is too small"
+            elif Reason.ENCODED_SIZE in out:
+                sizes = "; data.max_pixels, width and height must be those that they were encoded with"
+            kinds = " (png, jpg, webp)" if columns != ENCODED else ""
             raise DataError(
                 f"no sample{of} can be used in {_counted(len(shards), 'shard')}, the first being {shards[0].path}"
-                f"{reasons}; a sample is {columns} (png, jpg, webp) and a caption (txt, json) with one key"
-                f"{sizes if Reason.IMAGE_TOO_SMALL in out else ''}"
+                f"{reasons}; a sample is {columns}{kinds} and a caption (txt, json) with one key{sizes}"
             )
     return dataset
+
+
+def _as_held(wanted: Wanted, indexes: Sequence[ShardIndex], urls: Mapping[Path, str]) -> Wanted:
+    """Want encoded samples if the shards hold such; raises DataError if only some of them do."""
+    held = [index for index in indexes if ENCODED in index.stats]
+    if not held:
+        return wanted
+    rest = [index for index in indexes if index.samples and ENCODED not in index.stats]
+    if rest:
+        names = [urls.get(index.path, str(index.path)) for index in (held[0], rest[0])]
+        raise DataError(
+            f"shard {names[0]} holds encoded samples and {names[1]} holds none; train on one kind: encode the others "
+            "too (`dstrain encode`), or leave them out"
+        )
+    return replace(wanted, columns=(ENCODED,))
 
 
 def _counted(number: int, what: str) -> str:

@@ -9,39 +9,19 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 
 import torch
-from torch import Tensor
 
-from dstrain.data.dataset import Dataset, File
-from dstrain.data.media.decode import decode
-from dstrain.data.media.operators import Operators, SampleRandom
-from dstrain.data.media.video import decode_video
+from dstrain.data.dataset import Dataset
+from dstrain.data.media.operators import Operators
 from dstrain.data.plan import Draw, Plan
 from dstrain.data.policy import Bad
 from dstrain.data.reasons import BadSample, ranked
-from dstrain.data.shards.names import Content
+from dstrain.data.sample import Expected, Sample, SampleReader
 from dstrain.errors import DataError
 
 log = logging.getLogger(__name__)
 
 _TRIES = 16  # other rows that are tried for one draw before the shards themselves are in doubt
 _AHEAD = 8  # samples read ahead for each worker; a decoded picture of 1 Mpixel takes 3 MB
-
-
-@dataclass
-class Sample:
-    """One decoded sample. `row` is the row that was decoded: another than planned if that one was bad."""
-
-    key: str
-    shard: str  # path or URL
-    row: int
-    draw: int  # running number in the global order
-    columns: dict[str, Tensor]  # "image": uint8 [3, H, W]; "video": uint8 [F, 3, H, W]; H and W multiples of 16
-    caption: str
-
-    @property
-    def image(self) -> Tensor:
-        """The picture, uint8 [3, H, W]."""
-        return self.columns["image"]
 
 
 @dataclass
@@ -79,6 +59,7 @@ class Loader:
     workers: threads that read ahead, 0 to decode when asked. Neither the order nor anything else depends on them.
     replace: whether a bad sample is replaced by another, chosen by the bad row alone; otherwise it is an error.
     pin: put what is decoded into page-locked memory, from which a GPU copies without waiting.
+    expected: what encoded samples must be; needed if the dataset holds such.
     wait_s: seconds that the caller has waited for samples so far, planning included.
     """
 
@@ -94,13 +75,20 @@ class Loader:
         workers: int = 2,
         replace: bool = True,
         pin: bool = False,
+        expected: Expected | None = None,
     ) -> None:
         assert len(dataset) == plan.n, "the plan was made for another dataset"
         assert 0 <= rank < plan.world_size
         self.wait_s = 0.0
         self._dataset, self._plan, self._rank = dataset, plan, rank
-        self._operators = operators or Operators()
-        self._seed, self._background, self._pin = seed, background, pin
+        self._read = SampleReader(
+            dataset,
+            operators=operators or Operators(),
+            seed=seed,
+            background=background,
+            pin=pin,
+            expected=expected,
+        )
         self._tries = _TRIES if replace else 0
         self._workers = workers
         self._threads = ThreadPoolExecutor(workers, "dstrain-loader", torch.set_num_threads, (1,)) if workers else None
@@ -181,7 +169,7 @@ class Loader:
         try:
             for row in chain([draw.row], self._dataset.replacements(draw.row, self._tries)):
                 try:
-                    return _Fetched(self._decode(row, draw.draw), bad)
+                    return _Fetched(self._read(row, draw.draw), bad)
                 except BadSample as error:
                     shard, key = self._dataset.shard(row), self._dataset.key(row)
                     bad.append(Bad(draw.draw, shard, key, error.reason, str(error)))
@@ -191,26 +179,6 @@ class Loader:
             log.exception("draw %d cannot be read", draw.draw)
             return _Fetched(None, bad, DataError(f"draw {draw.draw} cannot be read: {type(error).__name__}: {error}"))
         return _Fetched(None, bad, _none_left(bad))
-
-    def _decode(self, row: int, draw: int) -> Sample:
-        raw = self._dataset.read(row)
-        random = SampleRandom(self._seed, draw)
-        columns = {name: self._pixels(file, random) for name, file in raw.files.items()}
-        caption = self._operators.choose(raw.captions, random) if raw.captions else ""
-        return Sample(raw.key, self._dataset.shard(row), row, draw, columns, caption)
-
-    def _pixels(self, file: File, random: SampleRandom) -> Tensor:
-        wanted, operators = self._dataset.wanted, self._operators
-        size, fit = (file.width, file.height), wanted.resolution.fit
-        place, flip = operators.place(random), operators.flipped(random)
-        if file.content is Content.VIDEO:
-            start, fps = operators.start(random), wanted.clip.fps
-            pixels = decode_video(
-                file.data, size, frames=file.frames, fps=fps, start=start, fit=fit, place=place, flip=flip
-            )
-        else:
-            pixels = decode(file.data, size, fit=fit, place=place, background=self._background, flip=flip)
-        return pixels.pin_memory() if self._pin else pixels
 
 
 def _failed(error: DataError) -> Future[list[_Fetched]]:

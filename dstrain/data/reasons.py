@@ -27,6 +27,8 @@ class Reason(StrEnum):
     VIDEO_DAMAGED = "video_damaged"
     VIDEO_TOO_LARGE = "video_too_large"  # over the byte, pixel or frame limit
     VIDEO_TOO_SHORT = "video_too_short"
+    ENCODED_DAMAGED = "encoded_damaged"  # no safetensors file of the form that `dstrain encode` writes, or not finite
+    ENCODED_SIZE = "encoded_size"  # over the byte limit, or encoded at a size that the training does not take
     CHANGED = "changed"  # the bytes in the shard are no longer those that were indexed
 
 

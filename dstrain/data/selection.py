@@ -7,9 +7,10 @@ import numpy as np
 from dstrain.data.media.resolution import MULTIPLE, Resolution
 from dstrain.data.media.video import clip_frames
 from dstrain.data.reasons import Reason
+from dstrain.data.shards.arrays import ColumnStats
 from dstrain.data.shards.index import Excluded, ShardIndex
 from dstrain.data.shards.keys import KeyTable
-from dstrain.data.shards.names import Content
+from dstrain.data.shards.names import ENCODED, Content
 from dstrain.errors import ConfigError
 
 _MAX_TEXT_TOKENS = 1024  # where text encoders cut
@@ -52,7 +53,8 @@ class Selected:
 class Wanted:
     """What a sample must have: all `columns` ("image", "video", "edit_image" ...) in sizes that can be used, a caption.
 
-    A column with "video" in its name is a video, any other a picture.
+    A column with "video" in its name is a video, "encoded.safetensors" (which stands alone) what encoders made of a
+    sample, any other a picture. Encoded samples are taken in the size that they have.
 
     Its tokens, which it costs a pack, are one for each 16 x 16 pixels (of the first frame and every fourth after it),
     and an estimate of the text's: one for three bytes, at most 1,024, and 8 for the template.
@@ -65,15 +67,20 @@ class Wanted:
 
     def takes_all(self, index: ShardIndex) -> bool:
         """Whether the index's totals prove that every row can be used; False where that needs a look at each."""
-        stats = [index.stats.get(column) for column in self.columns]
-        if not set(self.columns) <= {"image", "video"}:  # others may hold pictures and videos
+        if not set(self.columns) <= {"image", "video", ENCODED}:  # others may hold pictures and videos
             return False
         return (not self.captioned or index.captioned == index.samples) and all(
-            s is not None
-            and s.rows == index.samples
-            and self.resolution.takes_all(s.min_side, s.min_pixels, s.max_pixels)
-            for s in stats
+            column in index.stats
+            and index.stats[column].rows == index.samples
+            and self._all_fit(column, index.stats[column])
+            for column in self.columns
         )
+
+    def _all_fit(self, column: str, s: ColumnStats) -> bool:
+        r = self.resolution
+        if column == ENCODED:
+            return not r.width and s.max_pixels <= r.max_pixels and s.max_frames <= self.clip.frames
+        return r.takes_all(s.min_side, s.min_pixels, s.max_pixels)
 
     def most_tokens(self, index: ShardIndex) -> int:
         """Return a bound on the tokens of the index's rows."""
@@ -116,8 +123,12 @@ class Wanted:
         parts = np.zeros(numbers.shape, index.parts.dtype)
         parts[there] = index.parts[numbers[there]]
         fits = parts["kind"] == [_content_of(column) for column in self.columns]
-        widths, heights = self.resolution.sizes(parts["width"], parts["height"])
-        frames = clip_frames(parts["frames"], parts["fps"], self.clip.frames, self.clip.fps)
+        if self.columns == (ENCODED,):
+            stays = self.resolution.keeps(parts["width"], parts["height"]) & (parts["frames"] <= self.clip.frames)
+            widths, heights, frames = (np.where(stays, parts[name], 0) for name in ("width", "height", "frames"))
+        else:
+            widths, heights = self.resolution.sizes(parts["width"], parts["height"])
+            frames = clip_frames(parts["frames"], parts["fps"], self.clip.frames, self.clip.fps)
         captioned = (index.rows["caption_bytes"] > 0) | (not self.captioned)
         usable = captioned & (fits & (widths > 0) & (frames > 0)).all(axis=1)
         return parts, widths, heights, frames, usable
@@ -133,6 +144,8 @@ class Wanted:
                     Reason.NO_IMAGE,
                     f"{column} is no {'video' if _content_of(column) is Content.VIDEO else 'picture'}",
                 )
+            if not width and column == ENCODED:
+                return Reason.ENCODED_SIZE, f"encoded at {part['width']} x {part['height']} pixels: {self._only()}"
             if not width:
                 return Reason.IMAGE_TOO_SMALL, f"{column} is {part['width']} x {part['height']} pixels: {self._least()}"
             if not count:
@@ -145,6 +158,10 @@ class Wanted:
             return f"it does not cover {r.width} x {r.height}"
         return f"under min_pixels = {r.min_pixels}, or a side under {MULTIPLE} within max_pixels = {r.max_pixels}"
 
+    def _only(self) -> str:
+        r = self.resolution
+        return f"not {r.width} x {r.height}" if r.width else f"more than max_pixels = {r.max_pixels}"
+
     def _text_tokens(self, caption_bytes: np.ndarray | int) -> np.ndarray:
         if not self.captioned:
             return np.zeros((), np.int64)
@@ -153,7 +170,7 @@ class Wanted:
 
 
 def _content_of(column: str) -> Content:
-    return Content.VIDEO if "video" in column else Content.IMAGE
+    return Content.ENCODED if column == ENCODED else Content.VIDEO if "video" in column else Content.IMAGE
 
 
 def _latent_frames(frames: np.ndarray | int) -> np.ndarray:

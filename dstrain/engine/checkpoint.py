@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: staged, digested by all ranks, committed by one rename.
 
-DeepSpeed writes the shards; everything else is ours, because its own `latest` file is written before all shards are,
-nothing is synced to disk, and its loader unpickles whatever it finds (each seen in tests of DeepSpeed 0.19.8). Here a
-file is opened only after its digest, and only tensors and four harmless types are unpickled.
+Each rank writes the trained state that it holds as safetensors (see state.py). DeepSpeed's own checkpoints are not
+used: its `latest` file is written before all shards are, nothing is synced to disk, its loader unpickles whatever it
+finds, and another world size needs a conversion (each seen with DeepSpeed 0.19.8).
 """
 
 import json
@@ -11,21 +11,23 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
-from dstrain.engine.engine import Engine
+from dstrain.engine.state import file_name
 from dstrain.errors import CheckpointError
 from dstrain.storage import fsync_dir, fsync_file, sha256, write_json
 
+if TYPE_CHECKING:
+    from dstrain.engine.engine import Engine
+
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
-def save(engine: Engine, folder: Path, step: int, facts: Mapping[str, Any], keep: int) -> Path:
+def save(engine: "Engine", folder: Path, step: int, facts: Mapping[str, Any], keep: int) -> Path:
     """Save the state after `step` optimizer steps as folder/step-N; collective.
 
     Args:
@@ -78,33 +80,11 @@ def save(engine: Engine, folder: Path, step: int, facts: Mapping[str, Any], keep
             shutil.rmtree(old)
 
     phase(begin, everywhere=False)
-    phase(lambda: _write_shards(engine, folder, partial.name), everywhere=True)
+    phase(lambda: engine.master.write(partial / file_name(dist.get_rank())), everywhere=True)
     files = phase(written, everywhere=False)[0]  # one listing for all: on a network drive each node may see its own
     parts = phase(lambda: {str(p.relative_to(partial)): _digest(p) for p in _own_share(files)}, everywhere=True)
     phase(commit, everywhere=False)
     return final
-
-
-def _write_shards(engine: Engine, folder: Path, tag: str) -> None:
-    """Let DeepSpeed write. Its barriers must meet on all ranks, so a failed write is raised only after them."""
-    writer = engine.ds.checkpoint_engine
-    write, errors = writer.save, list[Exception]()
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as e:
-            errors.append(e)
-
-    writer.save = save
-    try:
-        engine.ds.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-    finally:
-        writer.save = write
-        for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves scripts; code has no place here
-            script.unlink(missing_ok=True)
-    if errors:
-        raise errors[0]
 
 
 def _digest(path: Path) -> tuple[int, str]:
@@ -144,23 +124,27 @@ def set_aside_newer(path: Path) -> None:
 
 def damage(path: Path) -> str:
     """Return what is wrong with a checkpoint, or ""; collective, each rank digests its share of the files."""
-    problems = []
     try:
         manifest = read_manifest(path)
-        for name in _own_share(sorted(manifest["files"])):
-            size, digest = manifest["files"][name]
-            file = path / name
-            if not file.is_file():
-                problems.append(f"{file} is missing")
-            elif file.stat().st_size != size:
-                problems.append(f"{file} has {file.stat().st_size} bytes instead of {size}")
-            elif sha256(file) != digest:
-                problems.append(f"{file} has another SHA-256 than its manifest says")
+        problem = damaged_file(path, {name: manifest["files"][name] for name in _own_share(sorted(manifest["files"]))})
     except CheckpointError as e:
-        problems.append(str(e))
+        problem = str(e)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
-    return next((p for part in gathered for p in part), "")
+    dist.all_gather_object(gathered, problem)
+    return next((p for p in gathered if p), "")
+
+
+def damaged_file(path: Path, files: Mapping[str, tuple[int, str]]) -> str:
+    """Return what is wrong with the first file of a checkpoint that is not as its manifest's entry says, or ""."""
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes instead of {size}"
+        if sha256(file) != digest:
+            return f"{file} has another SHA-256 than its manifest says"
+    return ""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -184,30 +168,6 @@ def check_facts(manifest: Mapping[str, Any], facts: Mapping[str, Any], path: Pat
             f"{path}: cannot be continued, since this run differs: {'; '.join(changed)}."
             " Change it back, or choose another run_dir"
         )
-
-
-def load(engine: Engine, path: Path) -> int:
-    """Load a checkpoint that `damage` found whole; returns the optimizer steps done. Collective."""
-    engine.ds.checkpoint_engine.load = _load_tensors
-    loaded, _ = engine.ds.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise CheckpointError(f"{path}: DeepSpeed could not load it")
-    engine.apply_settings()  # DeepSpeed brings back those of the run that saved
-    return read_manifest(path)["step"]
-
-
-def _load_tensors(path: str, map_location: Any = None) -> Any:
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address, set]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as e:
-        raise CheckpointError(
-            f"{path}: holds more than tensors, it was tampered with or is another version ({e})"
-        ) from e
 
 
 def _committed(folder: Path) -> list[Path]:

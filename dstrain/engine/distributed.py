@@ -151,6 +151,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    dist.barrier()
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the elementwise sum of `values` over all ranks."""
     if dist.get_world_size() > 1:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -11,8 +13,11 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from dstrain.engine.ds_config import stage
+from dstrain.engine.ds_rules import stage
+from dstrain.engine.master import Master
+from dstrain.engine.moments import adamw_8bit
 from dstrain.models.base import DiT
+from dstrain.models.lora import plain_name
 
 Fill = Callable[[str, torch.Size, int, int], Tensor]
 
@@ -24,11 +29,17 @@ class Engine:
     in as many micro-steps as it likes as long as all ranks take equally many.
     """
 
-    def __init__(self, module: DiT, config: dict[str, Any]) -> None:
+    def __init__(
+        self, module: DiT, config: dict[str, Any], *, ema_decay: float = 0.0, ema_on_cpu: bool = False
+    ) -> None:
         self.config = config
-        groups = list(_parameter_groups(module, config))
-        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.ds, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
+        names = {id(p): plain_name(name) for name, p in module.named_parameters()}
+        self.ds = _initialize(module, config)
+        self._peak_lr = [group["lr"] for group in self.ds.optimizer.param_groups]
+        self.ema_decay = ema_decay
+        self.master = Master(self.ds, names)
+        if ema_decay:
+            self.master.start_average(torch.device("cpu") if ema_on_cpu else None)
 
     @property
     def module(self) -> DiT:
@@ -47,14 +58,21 @@ class Engine:
         if not last:
             self.ds.step()  # lets DeepSpeed count the micro-step; moves no weight
 
-    def step(self, lr: float) -> float:
-        """Clip, update, and return the norm of the global batch's gradient before clipping.
+    def step(self, lr_factor: float, steps_done: int = 0) -> float:
+        """Clip, update at `lr_factor` of the peak rates, and return the norm of the global batch's gradient.
 
-        A norm that is not finite means that no weight was changed.
+        The norm is that before clipping. One that is not finite means that no weight was changed. `steps_done` before
+        this one let an average forget its start: its decay is at most (1 + steps_done) / (10 + steps_done).
         """
-        for group in self.ds.optimizer.param_groups:
-            group["lr"] = lr
+        for group, peak in zip(self.ds.optimizer.param_groups, self._peak_lr):
+            group["lr"] = peak * lr_factor
         self._forget_bias_correction()
+        norm = self._step()
+        if self.ema_decay and math.isfinite(norm):
+            self.master.update_average(min(self.ema_decay, (1 + steps_done) / (10 + steps_done)))
+        return norm
+
+    def _step(self) -> float:
         if stage(self.config) == 0 and not self.config["bf16"]["enabled"]:
             # In fp32 without ZeRO, DeepSpeed keeps no norm and does not look; gradients are whole on every rank there.
             norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]).item()
@@ -66,12 +84,15 @@ class Engine:
         self.ds.step()
         return float(self.ds.get_global_grad_norm())
 
-    def apply_settings(self) -> None:
-        """Put the optimizer settings and the clipping of this run's config into force."""
-        for group, wanted in zip(self.ds.optimizer.param_groups, self._settings, strict=True):
-            group.update(wanted)
-        if hasattr(self.ds.optimizer, "clip_grad"):
-            self.ds.optimizer.clip_grad = self.config["gradient_clipping"]
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Let the module compute as it would be exported: no dropout, averaged weights if there are any; collective."""
+        self.ds.eval()
+        try:
+            with self.master.averaged() if self.ema_decay else nullcontext():
+                yield
+        finally:
+            self.ds.train()
 
     def _forget_bias_correction(self) -> None:
         """Make the CPU Adam's bias correction a function of the step.
@@ -86,51 +107,97 @@ class Engine:
             adam.ds_opt_adam.adam_update(adam.opt_id, 0, 0.0, beta1, beta2, 1.0, 0.0, False, none, none, none, none)
 
     def parameters_gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor) one at a time, in order; collective: every rank must exhaust it."""
+        """Yield (plain name, whole tensor) one at a time, in order; collective: every rank must exhaust it."""
         for name, p in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
-                yield name, p.detach()
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Whole shapes of all parameters, in the order of `parameters_gathered`."""
-        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.module.named_parameters()}
+                yield plain_name(name), p.detach()
 
 
-def build_engine(make: Callable[[], DiT], fill: Fill, config: dict[str, Any], device: torch.device) -> Engine:
+def build_engine(
+    make: Callable[[], DiT],
+    fill: Fill,
+    config: dict[str, Any],
+    device: torch.device,
+    *,
+    ema_decay: float = 0.0,
+    ema_on_cpu: bool = False,
+) -> Engine:
     """Build the module, give it its weights and wrap it.
 
     Args:
-        make: builds the module; under stage 3 its parameters are born partitioned.
-        fill: `fill(name, shape, start, stop)` returns elements [start, stop) of the flattened weight; under stage 3 a
-            rank asks for its own slice only.
+        make: builds the module, with adapters if it has any, and says what trains (requires_grad); it is called with
+            the meta device as default, so that no memory is taken.
+        fill: `fill(name, shape, start, stop)` returns elements [start, stop) of the flattened parameter of that plain
+            name; under stage 3 a rank asks for its own slice only.
         config: a completed ds_config.
         device: where the module computes.
+        ema_decay: of a running average of the weights; 0 = none.
+        ema_on_cpu: keep the average in host memory.
     """
+    with torch.device("meta"):
+        module = make()
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     if stage(config) == 3:
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            module = make()
-        for name, p in module.named_parameters():
-            _fill_shard(name, p, fill)
+        fill_partitioned(module, fill, config, dtype)
         if "leaf_module" not in config["zero_optimization"]:
             # One gather a block: hooks on each of its 32 tensors would cost more than the transfers.
             set_z3_leaf_modules(module, [module.block_class])
     else:
-        with torch.device("meta"):
-            module = make()
-        module = module.to(dtype).to_empty(device=device)
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                p.copy_(fill(name, p.shape, 0, p.numel()).view(p.shape))
-    return Engine(module, config)
+        for name, owner, leaf, meta in _parameters(module):
+            values = fill(name, meta.shape, 0, meta.numel()).view(meta.shape)
+            values = values.to(device, dtype if meta.is_floating_point() else meta.dtype)
+            setattr(owner, leaf, nn.Parameter(values, requires_grad=meta.requires_grad))
+    return Engine(module, config, ema_decay=ema_decay, ema_on_cpu=ema_on_cpu)
 
 
-def _fill_shard(name: str, p: Any, fill: Fill) -> None:
-    shard = p.ds_tensor
-    start = dist.get_rank(p.ds_process_group) * shard.numel()
-    values = fill(name, p.ds_shape, start, min(start + shard.numel(), p.ds_numel))
-    shard.data.zero_()  # the last ranks' shards are padded
-    shard.data[: len(values)].copy_(values)
+def _parameters(module: nn.Module) -> Iterable[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Plain name, owner, attribute and value of each parameter; they may be exchanged while going through them."""
+    for path, owner in module.named_modules():
+        for leaf, p in list(owner.named_parameters(recurse=False)):
+            yield plain_name(f"{path}.{leaf}" if path else leaf), owner, leaf, p
+
+
+def fill_partitioned(module: nn.Module, fill: Fill, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Give each parameter memory, this rank's slice of its values, and to ZeRO-3, one after the other.
+
+    DeepSpeed's way, building the module inside `zero.Init`, would initialise each tensor and broadcast it from rank 0
+    before the loaded weights replace it. Here the memory of a whole parameter is reserved for a moment, but only the
+    slice is touched. (Uses two private methods of `zero.Init` in DeepSpeed 0.19; the parity tests hold them.)
+    """
+    init = deepspeed.zero.Init(config_dict_or_path=config)
+    if init.mem_efficient_linear:
+        init._enable_mem_efficient_linear()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, owner, leaf, meta in _parameters(module):
+        values = torch.empty(
+            meta.shape, dtype=dtype if meta.is_floating_point() else meta.dtype, device=init.local_device
+        )
+        size = -(-meta.numel() // world)
+        start, stop = min(rank * size, meta.numel()), min((rank + 1) * size, meta.numel())
+        values.view(-1)[start:stop] = fill(name, meta.shape, start, stop)
+        p: Any = nn.Parameter(values, requires_grad=meta.requires_grad)
+        setattr(owner, leaf, p)
+        init._convert_to_deepspeed_param(p)
+        p.partition()
+        if p.ds_tensor.numel() == size:  # else it has gone to NVMe
+            p.ds_tensor.data[stop - start :].zero_()  # the last ranks' shards are padded
+        p.ds_secondary_tensor = None  # hpZ's copy for the node is made by the first gather
+
+
+def _initialize(module: nn.Module, config: dict[str, Any]) -> Any:
+    """Return DeepSpeed's engine."""
+    groups, section = list(_parameter_groups(module, config)), config["optimizer"]
+    if section["type"] == "AdamW8bit":
+        config = {k: v for k, v in config.items() if k != "optimizer"}
+        config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        return deepspeed.initialize(model=module, optimizer=adamw_8bit(groups, section["params"]), config=config)[0]
+    ds = deepspeed.initialize(model=module, model_parameters=groups, config=config)[0]
+    if stage(config) == 0 and config["bf16"]["enabled"]:
+        # To reserve memory, DeepSpeed took a step with gradients of zero: it counts, and the weights have decayed.
+        ds.optimizer.optimizer.state.clear()
+        for p, master in zip(chain(*ds.optimizer.fp16_groups), chain(*ds.optimizer.fp32_groups)):
+            master.data.copy_(p.data)
+    return ds
 
 
 def _parameter_groups(module: nn.Module, config: Mapping[str, Any]) -> Iterable[dict[str, Any]]:

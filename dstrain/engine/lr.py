@@ -5,15 +5,19 @@ import math
 from dstrain.config import OptimizerConfig
 
 
-def learning_rate(o: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then constant, linear or cosine.
+def lr_factor(o: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the share of the peak rate at optimizer step `step` (from 0) of `steps`: warm-up, then the schedule.
 
-    The first warm-up step has lr / warmup_steps, and the last step of a decay ends at lr * min_lr_ratio.
+    The first warm-up step has 1 / warmup_steps. A decay ends at min_lr_ratio with the last step; wsd (warm-up, stable,
+    decay: Hu et al., arXiv 2404.06395) stays at the peak until the last `decay_steps`.
     """
     if step < o.warmup_steps:
-        return o.lr * (step + 1) / o.warmup_steps
-    if o.decay == "constant":
-        return o.lr
-    done = (step - o.warmup_steps + 1) / max(1, steps - o.warmup_steps)
-    left = 1 - done if o.decay == "linear" else (1 + math.cos(math.pi * min(done, 1.0))) / 2
-    return o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * max(left, 0.0))
+        return (step + 1) / o.warmup_steps
+    if o.schedule == "constant":
+        return 1.0
+    length = steps - o.warmup_steps
+    if o.schedule == "wsd":
+        length = min(length, o.decay_steps or -(-steps // 10))
+    done = min(max((step + 1 - (steps - length)) / max(1, length), 0.0), 1.0)
+    left = (1 + math.cos(math.pi * done)) / 2 if o.schedule == "cosine" else 1 - done
+    return o.min_lr_ratio + (1 - o.min_lr_ratio) * left

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from dstrain.config import Activations
 from dstrain.models.packing import PackLayout
 
 
@@ -13,9 +14,11 @@ class DiT(nn.Module):
     """A diffusion transformer on packs: a stack of equal blocks that ZeRO-3 gathers one at a time."""
 
     block_class: ClassVar[type[nn.Module]]
+    lora_targets: ClassVar[tuple[str, ...]]  # patterns of the layers that get adapters unless the recipe names others
+    unused: frozenset[str] = frozenset()  # parameters of the checkpoint that feed nothing: kept, never trained
     width: int  # of the residual stream
     depth: int  # blocks
-    activation_checkpointing = False  # recompute each block in the backward
+    activations: tuple[Activations, ...] = ("none",)  # what block i keeps for its backward: entry i, repeated
 
     @property
     @abstractmethod

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dstrain.errors import ConfigError
 from dstrain.kernels.attention import packed_attention
+from dstrain.models.activations import run_blocks
 from dstrain.models.base import DiT
 from dstrain.models.packing import PackLayout
 
@@ -24,6 +24,10 @@ Gelu = Literal["tanh", "sigmoid"]
 EPS = 1e-6
 ROPE_BASE = 10_000.0
 TIME_CHANNELS = 256
+LORA_LAYERS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    *("attn.to_out.0", "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.2", "img_mod.1", "txt_mod.1"),
+)  # DiffSynth-Studio's choice, so that ranks and sizes compare
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,12 @@ class QwenImageParams:
 
 
 class QwenImageDiT(DiT):
-    """velocity = DiT(noisy latents, prompt embeddings, sigma), for every sample of a pack at once."""
+    """velocity = DiT(noisy latents, prompt embeddings, sigma), for every sample of a pack at once.
+
+    Nothing reads the text stream behind the last attention: the last block leaves out what would follow there.
+    """
+
+    lora_targets = tuple(f"transformer_blocks.*.{layer}" for layer in LORA_LAYERS)
 
     def __init__(self, params: QwenImageParams, *, gelu: Gelu = "tanh") -> None:
         super().__init__()
@@ -85,10 +94,16 @@ class QwenImageDiT(DiT):
         self.img_in = nn.Linear(params.in_channels, D)
         self.txt_in = nn.Linear(params.joint_attention_dim, D)
         self.transformer_blocks = nn.ModuleList(
-            QwenImageBlock(D, params.num_attention_heads, gelu) for _ in range(params.num_layers)
+            QwenImageBlock(D, params.num_attention_heads, gelu, last=i == params.num_layers - 1)
+            for i in range(params.num_layers)
         )
         self.norm_out = AdaLayerNormOut(D)
         self.proj_out = nn.Linear(D, params.patch_size**2 * params.out_channels)
+        self.unused = frozenset(
+            f"transformer_blocks.{params.num_layers - 1}.{layer}.{kind}"
+            for layer in ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+            for kind in ("weight", "bias")
+        )
 
     def forward(self, latents: Tensor, prompt_embeds: Tensor, sigmas: Tensor, layout: PackLayout) -> Tensor:
         """Predict the velocity of every image token.
@@ -107,13 +122,7 @@ class QwenImageDiT(DiT):
         txt = self.txt_in(self.txt_norm(prompt_embeds.to(dtype)))  # [T, D]
         cond = F.silu(self.time_text_embed(sigmas, dtype))  # [N, D]
         rotary = rotary_table(layout.positions, self.params.axes_dims_rope)
-        for block in self.transformer_blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                txt, img = checkpoint(
-                    block, txt, img, cond, rotary, layout, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                txt, img = block(txt, img, cond, rotary, layout)
+        _, img = run_blocks(self.transformer_blocks, self.activations, (txt, img), (cond, rotary, layout))
         return self.proj_out(self.norm_out(img, cond, layout.image_sample))
 
     @property
@@ -126,6 +135,7 @@ class QwenImageDiT(DiT):
         p, D, L, N = self.params, self.width, self.depth, len(layout)
         image, text = sum(layout.image_lens), sum(layout.text_lens)
         linear = L * 24 * D * D * (image + text)  # 4 D^2 attention + 8 D^2 perceptron weights a token
+        linear -= 18 * D * D * text  # the last block has no text perceptron and no projection in front of it
         modulation = L * 24 * D * D * N
         attention = L * 4 * D * sum(n * n for n in layout.joint_lens)
         ends = 2 * D * (image * (p.in_channels + p.patch_size**2 * p.out_channels) + text * p.joint_attention_dim)
@@ -177,8 +187,9 @@ class TimestepMLP(nn.Module):
 class QwenImageBlock(nn.Module):
     """Two streams, text and image, that meet in one attention."""
 
-    def __init__(self, dim: int, heads: int, gelu: Gelu) -> None:
+    def __init__(self, dim: int, heads: int, gelu: Gelu, *, last: bool) -> None:
         super().__init__()
+        self.last = last
         # The SiLU in front of each modulation is applied once for all blocks, hence the Identity in its place.
         self.img_mod = nn.Sequential(nn.Identity(), nn.Linear(dim, 6 * dim))
         self.txt_mod = nn.Sequential(nn.Identity(), nn.Linear(dim, 6 * dim))
@@ -189,26 +200,28 @@ class QwenImageBlock(nn.Module):
     def forward(
         self, txt: Tensor, img: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor], layout: PackLayout
     ) -> tuple[Tensor, Tensor]:
-        """txt [T, D], img [I, D], cond [N, D] -> the two streams after the block."""
+        """txt [T, D], img [I, D], cond [N, D] -> the streams after the block (last: txt as it came)."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(cond).chunk(6, dim=-1)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(cond).chunk(6, dim=-1)
         of_img, of_txt = layout.image_sample, layout.text_sample
 
-        txt_out, img_out = self.attn(
+        txt_heads, img_heads = self.attn(
             modulated_norm(txt, txt_shift1, txt_scale1, of_txt),
             modulated_norm(img, img_shift1, img_scale1, of_img),
             rotary,
             layout,
         )
-        img = img + img_gate1[of_img] * img_out
-        txt = txt + txt_gate1[of_txt] * txt_out
+        img = img + img_gate1[of_img] * self.attn.to_out[0](img_heads)
         img = img + img_gate2[of_img] * self.img_mlp(modulated_norm(img, img_shift2, img_scale2, of_img))
+        if self.last:
+            return txt, img
+        txt = txt + txt_gate1[of_txt] * self.attn.to_add_out(txt_heads)
         txt = txt + txt_gate2[of_txt] * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2, of_txt))
         return txt, img
 
 
 class JointAttention(nn.Module):
-    """Own projections and QK norms for each stream, one attention over both."""
+    """Own projections and QK norms for each stream, one attention over both. The block calls the output projections."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -224,7 +237,7 @@ class JointAttention(nn.Module):
     def forward(
         self, txt: Tensor, img: Tensor, rotary: tuple[Tensor, Tensor], layout: PackLayout
     ) -> tuple[Tensor, Tensor]:
-        """txt [T, D], img [I, D] -> what each stream adds to its residual."""
+        """txt [T, D], img [I, D] -> the heads' results for each stream, before their output projections."""
         split = (-1, (self.heads, txt.shape[-1] // self.heads))
         order = layout.joint_index
         q = torch.cat(
@@ -241,8 +254,8 @@ class JointAttention(nn.Module):
         )
         v = torch.cat([self.add_v_proj(txt), self.to_v(img)]).unflatten(*split)  # [S, H, d]
         out = packed_attention(rotate(q[order], rotary), rotate(k[order], rotary), v[order], layout)
-        txt_out, img_out = out.flatten(1)[layout.joint_inverse].split([len(txt), len(img)])
-        return self.to_add_out(txt_out), self.to_out[0](img_out)
+        txt_heads, img_heads = out.flatten(1)[layout.joint_inverse].split([len(txt), len(img)])
+        return txt_heads, img_heads
 
 
 class FeedForward(nn.Module):

@@ -1,20 +1,19 @@
-"""Weights in safetensors: read by the slice from memory-mapped files, written one tensor at a time.
+"""Weights in safetensors: read by the slice, written one tensor at a time.
 
 The format (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header with dtype, shape
-and byte range of every tensor, then the bytes. Reading ranges ourselves lets a rank touch only its own slices; writing
-as a stream lets a gathered model leave without ever being whole in memory.
+and byte range of every tensor, then the bytes. Reading ranges ourselves lets a rank read only its own slices, without a
+mapping of the file that would count as its memory; writing as a stream lets a model leave without ever being whole.
 """
 
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
@@ -44,31 +45,38 @@ class Entry:
     begin: int
     end: int
 
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements [start, stop) of the flattened tensor, 1-D in the stored dtype; stop None = to the end."""
+        stop = prod(self.shape) if stop is None else min(stop, prod(self.shape))
+        if stop <= start:
+            return torch.empty(0, dtype=self.dtype)
+        size = self.dtype.itemsize
+        raw = torch.empty((stop - start) * size, dtype=torch.uint8)
+        rest = memoryview(raw.numpy().data)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.begin + start * size)
+            while rest:  # one call reads 2 GiB at most
+                if not (count := file.readinto(rest)):
+                    raise CheckpointError(f"{self.path}: was cut short while it was read")
+                rest = rest[count:]
+        return raw.view(self.dtype)
+
 
 class Weights:
-    """The tensors of a component folder, memory-mapped; nothing is read before it is asked for."""
+    """The tensors of a component folder, or of one file; nothing but headers is read before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        self._maps: dict[Path, np.memmap] = {}
-        for path in _files(folder):
-            for name, entry in _read_header(path):
+        for path in [folder] if folder.is_file() else _files(folder):
+            for name, entry in read_header(path)[0].items():
                 if name in self.entries:
                     raise CheckpointError(f"{path}: tensor {name!r} is also in {self.entries[name].path.name}")
                 self.entries[name] = entry
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of the flattened tensor `name`, as a 1-D copy in the stored dtype."""
-        entry = self.entries[name]
-        stop = prod(entry.shape) if stop is None else min(stop, prod(entry.shape))
-        if stop <= start:
-            return torch.empty(0, dtype=entry.dtype)
-        if entry.path not in self._maps:
-            self._maps[entry.path] = np.memmap(entry.path, dtype=np.uint8, mode="r")
-        size = entry.dtype.itemsize
-        raw = np.array(self._maps[entry.path][entry.begin + start * size : entry.begin + stop * size])
-        return torch.from_numpy(raw).view(entry.dtype)
+        """Return elements [start, stop) of the flattened tensor `name`, 1-D in the stored dtype."""
+        return self.entries[name].read(start, stop)
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raise CheckpointError with a table unless the tensors are exactly those of `shapes`."""
@@ -125,7 +133,8 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, Entry]]:
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return the tensors of a safetensors file and its metadata; CheckpointError if it is damaged or cut short."""
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(8)
@@ -136,16 +145,21 @@ def _read_header(path: Path) -> Iterator[tuple[str, Entry]]:
             header: dict[str, Any] = json.loads(f.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise CheckpointError(f"{path}: damaged safetensors header ({e})") from e
-    header.pop("__metadata__", None)
+    if not isinstance(header, dict) or not isinstance(metadata := header.pop("__metadata__", {}), dict):
+        raise CheckpointError(f"{path}: damaged safetensors header (no JSON object)")
+    entries = {}
     for name, info in header.items():
         try:
             dtype, shape = DTYPES[info["dtype"]], torch.Size(info["shape"])
             begin, end = (8 + length + int(offset) for offset in info["data_offsets"])
         except (KeyError, TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: tensor {name!r} has an unreadable entry ({e!r})") from e
+        if min(shape, default=0) < 0:
+            raise CheckpointError(f"{path}: tensor {name!r} has an unreadable entry (shape {list(shape)})")
         if not 8 + length <= begin <= end <= size or end - begin != prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{path}: tensor {name!r} lies outside the file; it was cut short ({size} bytes)")
-        yield name, Entry(path, dtype, shape, begin, end)
+        entries[name] = Entry(path, dtype, shape, begin, end)
+    return entries, metadata
 
 
 class WeightsWriter:
@@ -154,26 +168,37 @@ class WeightsWriter:
     Args:
         folder: where the files go; must exist.
         shapes: every tensor that will be written, in the order in which it will be written.
-        dtype: the stored dtype.
+        dtype: the stored dtype, of all tensors or by name.
         max_bytes: a file is closed when the next tensor would make it larger than this.
+        stem: of the files' names.
+        metadata: texts for the header of every file.
     """
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_bytes: int = 5 * 10**9
+        self,
+        folder: Path,
+        shapes: Mapping[str, torch.Size],
+        dtype: torch.dtype | Mapping[str, torch.dtype],
+        max_bytes: int = 5 * 10**9,
+        *,
+        stem: str = STEM,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.folder, self.dtype = folder, dtype
+        self.folder, self._stem = folder, stem
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
+        self._bytes = {name: prod(shape) * self._dtypes[name].itemsize for name, shape in shapes.items()}
         files: list[dict[str, torch.Size]] = [{}]
         room = max_bytes
         for name, shape in shapes.items():
-            size = prod(shape) * dtype.itemsize
-            if size > room and files[-1]:
+            if self._bytes[name] > room and files[-1]:
                 files.append({})
                 room = max_bytes
             files[-1][name] = shape
-            room -= size
+            room -= self._bytes[name]
         count = len(files)
         self._names = [
-            f"{STEM}.safetensors" if count == 1 else f"{STEM}-{i + 1:05d}-of-{count:05d}.safetensors"
+            f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
             for i in range(count)
         ]
         self._todo = [(i, name, shape) for i, file in enumerate(files) for name, shape in file.items()]
@@ -188,7 +213,7 @@ class WeightsWriter:
         if self._next == 0 or self._todo[self._next - 1][0] != file:
             self._open(file)
         assert self._out is not None
-        data = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
+        data = tensor.detach().to("cpu", self._dtypes[name]).contiguous().view(-1).view(torch.uint8)
         self._out.write(data.numpy().data)
         self._next += 1
 
@@ -197,21 +222,20 @@ class WeightsWriter:
         assert self._next == len(self._todo), f"{len(self._todo) - self._next} tensors were not written"
         self._finish()
         if len(self._plan) > 1:
-            total = sum(prod(s) for file in self._plan for s in file.values()) * self.dtype.itemsize
             index = {
-                "metadata": {"total_size": total},
+                "metadata": {"total_size": sum(self._bytes.values())},
                 "weight_map": {n: self._names[i] for i, file in enumerate(self._plan) for n in file},
             }
-            write_json(self.folder / f"{STEM}.safetensors.index.json", index)
+            write_json(self.folder / f"{self._stem}.safetensors.index.json", index)
         fsync_dir(self.folder)
 
     def _open(self, file: int) -> None:
         self._finish()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": self._metadata}
         offset = 0
         for name, shape in self._plan[file].items():
-            end = offset + prod(shape) * self.dtype.itemsize
-            header[name] = {"dtype": NAMES[self.dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            end = offset + self._bytes[name]
+            header[name] = {"dtype": NAMES[self._dtypes[name]], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors start aligned

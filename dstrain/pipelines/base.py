@@ -1,7 +1,8 @@
 """What every family has: its models, the units that prepare a batch, and one velocity for training and sampling."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from dstrain.errors import CheckpointError, ConfigError, did_you_mean
 from dstrain.models.base import DiT
 from dstrain.models.packing import PackLayout, Shape
+from dstrain.models.weights import Weights
+from dstrain.pipelines import fingerprint
 from dstrain.pipelines.components import (
     INDEX,
     Loader,
@@ -22,10 +25,12 @@ from dstrain.pipelines.components import (
     resolve,
 )
 from dstrain.pipelines.graph import UnitGraph
+from dstrain.pipelines.offload import HostModule
 from dstrain.pipelines.unit import Unit
 from dstrain.registry import Registry
 
 Gelu = Literal["tanh", "sigmoid"]
+SIZES = ("width", "height")  # of what was encoded, in pixels: what a batch of encoded samples holds besides tensors
 CONFIG_FILES = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
 
 
@@ -49,10 +54,14 @@ class Pipeline(ABC):
 
     A component that was not loaded is an attribute that does not exist. `transformer` is passed to `velocity`, so that
     training can pass its engine.
+
+    encoders: the components whose work can be stored. made: what they make, tensors by the names of units' outputs.
+    graph: what is done with a training batch; with `encoded`, what is left to do where the batch holds `made` already.
     """
 
     class_name: ClassVar[str]  # `_class_name` of the model_index.json that this family reads
     loaders: ClassVar[Mapping[str, Loader]]  # the frozen components
+    unused: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # how names of tensors begin that are stored and not loaded
     given: ClassVar[tuple[str, ...]]  # what a training batch holds: columns of the shards, "prompt" and "draw"
     token_channels: ClassVar[int]  # C, values in one image token
 
@@ -63,13 +72,25 @@ class Pipeline(ABC):
     scheduler: dict[str, Any]
 
     def __init__(
-        self, device: torch.device, *, gelu: Gelu = "tanh", caption_dropout: float = 0.0, seed: int = 0
+        self,
+        device: torch.device,
+        *,
+        gelu: Gelu = "tanh",
+        caption_dropout: float = 0.0,
+        seed: int = 0,
+        encoded: bool = False,
     ) -> None:
         self.device, self.gelu = device, gelu
-        self.graph = UnitGraph(self.units(caption_dropout, seed), self.given)
+        units = self.units(caption_dropout, seed)
+        self.encoders = tuple(dict.fromkeys(name for unit in units for name in unit.models))
+        self.made = tuple(name for unit in units if unit.models for name in unit.outputs)
+        self.graph = UnitGraph(units, self.given)
+        if encoded:
+            self.graph = self.graph.after((*SIZES, *self.made))
         self.root: ModelSource | None = None
         self.index: Path | None = None  # the model_index.json that was read, if there is one
         self._overrides: dict[str, ModelSource] = {}
+        self._offloaded: dict[str, HostModule] = {}
 
     @classmethod
     def from_pretrained(
@@ -83,6 +104,8 @@ class Pipeline(ABC):
         gelu: Gelu = "tanh",
         caption_dropout: float = 0.0,
         seed: int = 0,
+        encoded: bool = False,
+        offload: bool = False,
     ) -> Self:
         """Load a pipeline from a diffusers folder or a hub id.
 
@@ -95,12 +118,14 @@ class Pipeline(ABC):
             gelu: "tanh" as in diffusers, "sigmoid" as in DiffSynth.
             caption_dropout: share of training samples that lose their prompt, for classifier-free guidance.
             seed: of the choice which.
+            encoded: batches hold what the encoders make of a sample, instead of pictures.
+            offload: keep the frozen components in host memory while they are not used, see `using`.
 
         Raises:
             CheckpointError: a folder, config or tensor is missing, damaged or of another family.
             ConfigError: `components` or `load` names what this family does not have.
         """
-        pipeline = cls(torch.device(device), gelu=gelu, caption_dropout=caption_dropout, seed=seed)
+        pipeline = cls(torch.device(device), gelu=gelu, caption_dropout=caption_dropout, seed=seed, encoded=encoded)
         names = ("transformer", *cls.loaders)
         for name in (*(components or {}), *(load or ())):
             if name not in names:
@@ -116,7 +141,10 @@ class Pipeline(ABC):
                 folder = pipeline.folder(name)
                 part = load_module(pipeline.build_transformer, folder, dtype, pipeline.device)
             else:
-                part = cls.loaders[name](pipeline.folder(name), dtype, pipeline.device)
+                place = torch.device("cpu") if offload else pipeline.device
+                part = cls.loaders[name](pipeline.folder(name), dtype, place)
+                if offload and isinstance(part, nn.Module):
+                    pipeline._offloaded[name] = HostModule(part, pipeline.device)
             setattr(pipeline, name, part)
         return pipeline
 
@@ -140,7 +168,45 @@ class Pipeline(ABC):
     def encode(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Run all units, without gradients, on a batch that holds the names of `given` with one entry a sample."""
         with torch.no_grad():
-            return self.graph.run(self, batch)
+            return self.graph.run(self, batch, self.using)
+
+    def batch(self, columns: Sequence[Mapping[str, Any]], prompts: list[str], draws: list[int]) -> dict[str, list[Any]]:
+        """Make a batch of samples: the columns of each, its prompt, and its running number in the global order."""
+        names = [name for name in self.graph.given if name not in ("prompt", "draw")]
+        return {"prompt": prompts, "draw": draws, **{name: [c[name] for c in columns] for name in names}}
+
+    @contextmanager
+    def using(self, *names: str) -> Iterator[None]:
+        """Have those of the components on the device meanwhile that are offloaded. Every use of a component is inside.
+
+        Blocks may be nested: a component goes back to host memory at the end of the outermost that names it.
+        """
+        with ExitStack() as held:
+            for name in names:
+                if name in self._offloaded:
+                    held.enter_context(self._offloaded[name].on_device())
+            yield
+
+    def encoder_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return what each encoder takes when loaded in `dtype`, by the headers of its weights; loads nothing."""
+        return {
+            name: dtype.itemsize * sum(e.shape.numel() for n, e in entries.items() if not n.startswith(skip))
+            for name in self.encoders
+            for entries, skip in [(Weights(self.folder(name)).entries, self.unused.get(name, ()))]
+        }
+
+    def stamp(self, dtype: torch.dtype) -> str:
+        """Tell what encodes, in words: the family, its encoders and tokenizer by digests, and their dtype.
+
+        Equal words mean equal tensors of equal samples.
+        """
+        parts = []
+        for name in self.loaders:
+            if name in self.encoders:
+                parts.append(f"{name} {fingerprint.of_encoder(self.folder(name), self.unused.get(name, ()))}")
+            elif name == "tokenizer":
+                parts.append(f"{name} {fingerprint.of_files(self.folder(name))}")
+        return f"{self.class_name} ({', '.join(parts)}) in {str(dtype).removeprefix('torch.')}"
 
     @abstractmethod
     def units(self, caption_dropout: float, seed: int) -> list[Unit]:
@@ -153,6 +219,10 @@ class Pipeline(ABC):
     @abstractmethod
     def check_fit(self) -> None:
         """Raise CheckpointError unless the configs of transformer, text encoder and VAE go together."""
+
+    @abstractmethod
+    def encoded_fault(self, columns: Mapping[str, Any]) -> str:
+        """Say what is wrong with an encoded sample: tensors by name, width and height in pixels; "" if nothing is."""
 
     @abstractmethod
     def pack(self, encoded: Mapping[str, list[Any]]) -> Encoded:

@@ -21,24 +21,29 @@ class EncodedCache:
 
     def __init__(self, pipeline: Pipeline, limit_bytes: int, varying: Iterable[str] = ()) -> None:
         stored, live = pipeline.graph.depends_on(set(), PER_DRAW.union(varying))
+        if not any(unit.models for unit in stored):  # nothing that takes long: samples come encoded, say
+            stored, live = [], list(pipeline.graph.units)
         self._pipeline = pipeline
         self._left = limit_bytes
         self._kept: dict[int, dict[str, Any]] = {}
-        self._stored = UnitGraph(stored, pipeline.given)
+        self._stored = UnitGraph(stored, pipeline.graph.given)
         self._names = tuple(name for unit in stored for name in unit.outputs)
-        self._live = UnitGraph(live, (*pipeline.given, *self._names))
+        self._live = UnitGraph(live, (*pipeline.graph.given, *self._names))
 
     @torch.no_grad()
     def encode(self, rows: list[int], batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Return what `Pipeline.encode(batch)` would; `rows` says which row of the dataset each sample is."""
+        run, using = self._live.run, self._pipeline.using
+        if not self._names:
+            return run(self._pipeline, batch, using)
         missing = [i for i, row in enumerate(rows) if row not in self._kept]
         entries = [self._kept.get(row, {}) for row in rows]
         if missing:
-            encoded = self._stored.run(self._pipeline, {k: [v[i] for i in missing] for k, v in batch.items()})
+            encoded = self._stored.run(self._pipeline, {k: [v[i] for i in missing] for k, v in batch.items()}, using)
             for place, i in enumerate(missing):
                 entries[i] = {name: encoded[name][place] for name in self._names}
                 self._keep(rows[i], entries[i])
-        return self._live.run(self._pipeline, {**batch, **{n: [e[n] for e in entries] for n in self._names}})
+        return run(self._pipeline, {**batch, **{n: [e[n] for e in entries] for n in self._names}}, using)
 
     def _keep(self, row: int, entry: dict[str, Any]) -> None:
         size = sum(v.numel() * v.element_size() for v in entry.values() if isinstance(v, Tensor))

@@ -18,6 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 INDEX = "model_index.json"
+UNUSED_BY_TEXT = ("visual.", "model.visual.", "lm_head.")  # of Qwen2.5-VL where it only embeds text
 
 
 @dataclass(frozen=True)
@@ -177,20 +178,37 @@ def check_qwen_image_vae(folder: Path) -> None:
 
 
 def load_qwen_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load a `Qwen2_5_VLForConditionalGeneration` of transformers; CheckpointError if it is another or incomplete."""
+    """Load the text model of a `Qwen2_5_VLForConditionalGeneration` of transformers; its vision tower and head stay.
+
+    Raises CheckpointError if it is another or incomplete.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import Qwen2_5_VLForConditionalGeneration as Encoder
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
     from transformers.utils.logging import disable_progress_bar
+
+    class TextModel(Qwen2_5_VLTextModel):
+        _keys_to_ignore_on_load_unexpected = [f"^{re.escape(start)}" for start in UNUSED_BY_TEXT]  # noqa: RUF012
 
     disable_progress_bar()  # every rank would draw one
     path = folder / "config.json"
-    _check_class(path, next(iter(read_json(path).get("architectures") or [None])), Encoder.__name__)
-    load: Any = Encoder.from_pretrained
+    found = next(iter(read_json(path).get("architectures") or [None]))
+    _check_class(path, found, "Qwen2_5_VLForConditionalGeneration")
+    load: Any = TextModel.from_pretrained
     options = {"local_files_only": True, "use_safetensors": True}
+    newer = {r"^model\.language_model\.": "model."}  # names in newer files to those of the published ones
     try:
+        config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True).text_config
         # Mismatched sizes are let through because the report tells their names, and the exception does not.
-        model, report = load(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, report = load(
+            folder,
+            config=config,
+            dtype=dtype,
+            key_mapping=newer,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as e:
         raise CheckpointError(f"{folder}: not a loadable text encoder ({_one_line(e)})") from e
     for kind in ("missing", "mismatched"):

@@ -1,10 +1,14 @@
 """The units of a pipeline in order: checked once when built, run on batches, split by what is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any
 
 from dstrain.errors import DataError, did_you_mean
 from dstrain.pipelines.unit import Unit, check_names
+
+Using = Callable[..., AbstractContextManager[None]]  # of the names of models
 
 PER_DRAW = frozenset({"draw"})  # inputs that differ each time a sample is drawn
 
@@ -36,8 +40,12 @@ class UnitGraph:
                     raise ValueError(f"{_name(unit)} produces {name!r}, which comes from {known[name]} already")
                 known[name] = _name(unit)
 
-    def run(self, pipeline: object, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def run(
+        self, pipeline: object, batch: Mapping[str, list[Any]], using: Using = lambda *models: nullcontext()
+    ) -> dict[str, list[Any]]:
         """Run every unit on a batch; returns the batch with the outputs added.
+
+        `using` is entered around neighbouring units with the same models, which it may bring to the device meanwhile.
 
         Raises:
             DataError: the batch lacks an input, or its lists differ in length.
@@ -48,11 +56,19 @@ class UnitGraph:
             raise DataError(f"a batch needs one entry a sample in every list, got {sizes}")
         self._check_given(batch)
         values = dict(batch)
-        for unit in self.units:
-            results = unit(pipeline, **{name: values[name] for name in unit.inputs})
-            _check_results(unit, results, next(iter(sizes.values()), 0))
-            values |= results
+        for models, units in groupby(self.units, key=lambda unit: unit.models):
+            with using(*models):
+                for unit in units:
+                    results = unit(pipeline, **{name: values[name] for name in unit.inputs})
+                    _check_results(unit, results, next(iter(sizes.values()), 0))
+                    values |= results
         return values
+
+    def after(self, made: tuple[str, ...]) -> "UnitGraph":
+        """Return the graph of what is left to do where `made`, outputs of units, are given instead of their inputs."""
+        units = [unit for unit in self.units if not set(unit.outputs) <= set(made)]
+        needed = {name for unit in units for name in unit.inputs}
+        return UnitGraph(units, (*made, *(name for name in self.given if name in needed)))
 
     def depends_on(self, trained: set[str], varying: frozenset[str] = PER_DRAW) -> tuple[list[Unit], list[Unit]]:
         """Split into (units that can run once and be stored, units that must run in every training step).

@@ -17,6 +17,7 @@ from dstrain.models.packing import PackLayout, Shape
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 from dstrain.pipelines.base import PIPELINES, Condition, Encoded, Pipeline
 from dstrain.pipelines.components import (
+    UNUSED_BY_TEXT,
     check_qwen_image_vae,
     load_qwen_image_vae,
     load_qwen_text_encoder,
@@ -25,7 +26,7 @@ from dstrain.pipelines.components import (
     read_json,
 )
 from dstrain.pipelines.unit import Unit
-from dstrain.pipelines.units import CheckShape, DropPrompt
+from dstrain.pipelines.units import CheckShape, DropPrompt, TokenShape
 
 PREFIX = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial"
@@ -70,7 +71,7 @@ class EncodePrompt(Unit):
             PREFIX + text + SUFFIX, max_length=PREFIX_TOKENS + MAX_PROMPT_TOKENS, truncation=True, return_tensors="pt"
         )
         ids = tokens.input_ids.to(pipeline.device)  # [1, L]
-        hidden = pipeline.text_encoder.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = pipeline.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
         return hidden[0, PREFIX_TOKENS:]
 
 
@@ -93,21 +94,19 @@ class EncodeNullPrompt(Unit):
 class EncodeImage(Unit):
     """Pictures to normalised latents: the mean of the VAE's posterior, patchified. One by one, as the prompts are."""
 
-    inputs = ("image", "height", "width")
-    outputs = ("latents", "image_shape")
+    inputs = ("image",)
+    outputs = ("latents",)
     models = ("vae",)
 
-    def __call__(
-        self, pipeline: "QwenImagePipeline", image: list[Tensor], height: list[int], width: list[int]
-    ) -> dict[str, list[Any]]:
-        """image: uint8 [3, H, W] each -> latents: fp32 [H/16 * W/16, 64] each; image_shape: (1, H/16, W/16) each."""
+    def __call__(self, pipeline: "QwenImagePipeline", image: list[Tensor]) -> dict[str, list[Any]]:
+        """image: uint8 [3, H, W] each -> latents: fp32 [H/16 * W/16, 64] each."""
         mean, std = pipeline.latent_stats
         latents = []
         for picture in image:
             x = picture.to(pipeline.device, non_blocking=True).float() / 127.5 - 1
             z = pipeline.vae.encode(x.to(pipeline.vae.dtype)[None, :, None]).latent_dist.mode()  # [1, C, 1, h, w]
             latents.append(patchify((z[0, :, 0].float() - mean) / std))
-        return {"latents": latents, "image_shape": [pipeline.shape_of(h, w) for h, w in zip(height, width)]}
+        return {"latents": latents}
 
 
 def load_qwen_tokenizer(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -132,13 +131,15 @@ class QwenImagePipeline(Pipeline):
         "tokenizer": load_qwen_tokenizer,
         "scheduler": load_scheduler_config,
     }
+    unused: ClassVar = {"text_encoder": UNUSED_BY_TEXT}
     given = ("image", "prompt", "draw")
     token_channels = 64
 
     def units(self, caption_dropout: float, seed: int) -> list[Unit]:
-        """Shapes, latents, embeddings of prompt and no prompt, and the choice between them."""
+        """Sizes and shapes, latents, embeddings of prompt and no prompt, and the choice between them."""
         return [
             CheckShape(PIXELS_PER_TOKEN),
+            TokenShape(),
             EncodeImage(),
             EncodePrompt(),
             EncodeNullPrompt(),
@@ -175,6 +176,25 @@ class QwenImagePipeline(Pipeline):
                 )
         check_qwen_image_vae(self.folder("vae"))
 
+    def encoded_fault(self, columns: Mapping[str, Any]) -> str:
+        """Latents fp32 [H/16 * W/16, 64], embeddings [T, d] of a text, as long as this model's encoders make them."""
+        if missing := [name for name in self.made if name not in columns]:
+            return f"it has no {' and no '.join(missing)}"
+        latents = columns["latents"]
+        shape = (prod(self.shape_of(columns["height"], columns["width"])), self.token_channels)
+        if latents.shape != shape or latents.dtype != torch.float32:
+            return f"latents are {latents.dtype} {list(latents.shape)}, not fp32 {list(shape)}"
+        for name in ("prompt_embeds", "null_embeds"):
+            embeds = columns[name]
+            if embeds.ndim != 2 or len(embeds) > MAX_PROMPT_TOKENS or embeds.shape[1] != self._text_width:
+                return f"{name} are {list(embeds.shape)}, not [at most {MAX_PROMPT_TOKENS}, {self._text_width}]"
+        return ""
+
+    @cached_property
+    def _text_width(self) -> int:
+        path = self.folder("transformer") / "config.json"
+        return QwenImageParams.from_config(read_json(path), str(path)).joint_attention_dim
+
     @cached_property
     def latent_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's latents, [C, 1, 1] fp32 each."""
@@ -199,7 +219,8 @@ class QwenImagePipeline(Pipeline):
 
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
         """Embed prompts, [T_i, d] each."""
-        return EncodePrompt()(self, prompts)["prompt_embeds"]
+        with self.using("text_encoder"):
+            return EncodePrompt()(self, prompts)["prompt_embeds"]
 
     def shape_of(self, height: int, width: int) -> Shape:
         """Pixels to tokens; ConfigError unless both are positive multiples of 16."""
@@ -214,5 +235,6 @@ class QwenImagePipeline(Pipeline):
         assert len(latents) == prod(shape), (latents.shape, shape)
         mean, std = self.latent_stats
         z = unpatchify(latents.float(), shape) * std + mean  # [C, 2 h, 2 w]
-        picture = self.vae.decode(z.to(self.vae.dtype)[None, :, None]).sample[0, :, 0]
+        with self.using("vae"):
+            picture = self.vae.decode(z.to(self.vae.dtype)[None, :, None]).sample[0, :, 0]
         return (picture.float() / 2 + 0.5).clamp(0, 1)

@@ -60,10 +60,9 @@ def sample(
     shapes = [pipeline.shape_of(h, w) for h, w in zip(heights, widths)]
     if noise is None:
         noise = [starting_noise(seed, i, prod(s), pipeline.token_channels) for i, s in enumerate(shapes)]
-    embeds = pipeline.embed_prompts(list(prompts))
-    negatives = None
-    if cfg_scale > 1:
-        negatives = pipeline.embed_prompts(_each("negative_prompts", negative_prompts or "", prompts))
+    against: list[str] = _each("negative_prompts", negative_prompts or "", prompts) if cfg_scale > 1 else []
+    embeds = pipeline.embed_prompts([*prompts, *against])  # at once: the encoder may have to be brought
+    embeds, negatives = embeds[: len(prompts)], embeds[len(prompts) :] or None
     latents = denoise(
         pipeline,
         transformer or pipeline.transformer,

@@ -36,6 +36,17 @@ class CheckShape(Unit):
         return {"height": [p.shape[1] for p in image], "width": [p.shape[2] for p in image]}
 
 
+class TokenShape(Unit):
+    """The shape of a picture in tokens, from its size in pixels."""
+
+    inputs = ("height", "width")
+    outputs = ("image_shape",)
+
+    def __call__(self, pipeline: Any, height: list[int], width: list[int]) -> dict[str, list[Any]]:
+        """height, width: pixels of each -> image_shape: (frames, height, width) each."""
+        return {"image_shape": [pipeline.shape_of(h, w) for h, w in zip(height, width, strict=True)]}
+
+
 class DropPrompt(Unit):
     """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): now and then a sample trains without its prompt.
 

@@ -1,17 +1,20 @@
 """Runs on each rank: the engine against plain PyTorch on the same global batches."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dstrain.config import Recipe, build
+from dstrain.config import LoraConfig, Recipe, build
 from dstrain.engine import distributed
 from dstrain.engine.ds_config import complete
 from dstrain.engine.engine import build_engine
 from dstrain.models.init import initial_slice
+from dstrain.models.lora import plain_name
 from dstrain.models.packing import PackLayout
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
+from dstrain.models.trained import choose_trained
 
 PARAMS = QwenImageParams(
     num_layers=3, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(8, 12, 12)
@@ -31,28 +34,52 @@ def recipe(batch: int) -> Recipe:
             "batch": {"global_batch_size": batch},
             "train": {"steps": 10},
             # a large eps: gradients that are zero but for rounding must not become whole steps
-            "optimizer": {"weight_decay": 0.1, "eps": 1e-4},
+            "optimizer": {"lr": LR, "weight_decay": 0.1, "eps": 1e-4},
         },
         "test",
     )
 
 
-def make() -> QwenImageDiT:
+LORAS = {
+    "full": LoraConfig(),
+    "lora": LoraConfig(rank=4, alpha=8.0),
+    "dora": LoraConfig(rank=3, dora=True, rslora=True, init="gaussian", targets=["attn.to_q", "img_mlp.*"]),
+}
+PATTERNS = {"blocks": ["transformer_blocks.*", "!*_mod.*"]}
+
+
+def make(what: str = "full") -> QwenImageDiT:
     model = QwenImageDiT(PARAMS)
-    model.activation_checkpointing = True
+    model.activations = ("full", "none", "attention")
+    choose_trained(model, PATTERNS.get(what, ["*"]), LORAS.get(what, LORAS["full"]))
     return model
 
 
 def fill(name, shape, start, stop):
-    """Seeded start, with noise where adaLN-Zero has zeros, so that every branch has a gradient from step 0."""
+    """Seeded start, with noise where adaLN-Zero and LoRA have zeros, so that every branch has a gradient from step 0."""
     return initial_slice(_Noisy, name, shape, 7, start, stop)
 
 
 class _Noisy:
     @staticmethod
     def initial(name, shape):
+        if "magnitude" in name:
+            return 1.0, 0.1
         mean, std = QwenImageDiT.initial(None, name, shape)
         return mean, max(std, 0.03)
+
+
+def plain_copy(what: str = "full") -> QwenImageDiT:
+    """The same model as one process has it."""
+    with torch.device("meta"):
+        model = make(what)
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(fill(plain_name(n), p.shape, 0, p.numel()).view(p.shape))
+            p.requires_grad_(trained[n])
+    return model
 
 
 def batches(step: int, micros: int, world: int):
@@ -78,21 +105,22 @@ def loss_sum(model, pack):
     return sum(((p - q) ** 2).mean() for p, q in zip(v.split(layout.image_lens), x.split(layout.image_lens)))
 
 
-def parity(stages: dict[str, dict], micros: list[int]) -> dict[str, list[tuple[float, ...]]]:
-    """Per ds_config: (our loss, plain loss, our grad norm, plain grad norm) a step, then the largest weight gap."""
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in trained if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LR, eps=1e-4)
+
+
+def parity(cases: dict[str, tuple[dict, str]], micros: list[int]) -> dict[str, list[tuple[float, ...]]]:
+    """Per case (ds_config, what trains): (our loss, plain loss, our norm, plain norm) a step, then the weight gap."""
     world = distributed.start()
     results = {}
-    for name, ds in stages.items():
+    for name, (ds, what) in cases.items():
         ds = complete(ds, recipe(8), world_size=world.size, bf16=False, path=Path("ds.json"))
-        engine = build_engine(make, fill, ds, world.device)
-        plain = make()
-        with torch.no_grad():
-            for n, p in plain.named_parameters():
-                p.copy_(fill(n, p.shape, 0, p.numel()).view(p.shape))
-        matrices = [p for p in plain.parameters() if p.ndim > 1]
-        vectors = [p for p in plain.parameters() if p.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=LR, eps=1e-4)
+        engine = build_engine(partial(make, what), fill, ds, world.device)
+        plain = plain_copy(what)
+        optimizer = optimizer_of(plain)
         rows = []
         for step, m in enumerate(micros):
             packs = batches(step, m, world.size)
@@ -102,15 +130,15 @@ def parity(stages: dict[str, dict], micros: list[int]) -> dict[str, list[tuple[f
                 loss = loss_sum(engine, packs[j * world.size + world.rank]) / total
                 engine.backward(loss, last=j == m - 1)
                 ours += loss.detach()
-            norm = engine.step(LR)
+            norm = engine.step(1.0)
             with torch.no_grad():  # a forward in between, as sampling does
                 engine(*packs[0])
             want = sum(loss_sum(plain, p) for p in packs) / total
             optimizer.zero_grad()
             want.backward()
-            for p in plain.parameters():  # the last block's text branch feeds nothing; DeepSpeed decays it all the same
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            want_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
+            trained = [p for p in plain.parameters() if p.requires_grad]
+            assert all(p.grad is not None for p in trained)
+            want_norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             rows.append((float(distributed.sum_over_ranks(ours)), want.item(), norm, want_norm.item()))
         gap = max(float((p - q).abs().max()) for (_, p), q in zip(engine.parameters_gathered(), plain.parameters()))

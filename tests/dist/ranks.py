@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(world_size: int, target: str, tmp: Path, *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(world_size: int, target: str, tmp: Path, *args: Any, timeout: float = 280) -> list[Any]:
     """Call `module:function(*args)` of tests/dist on every rank; return the results by rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -31,6 +31,9 @@ def run_ranks(world_size: int, target: str, tmp: Path, *args: Any, timeout: floa
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "dist"), str(ROOT)]),
+            # As distributed.start has it, for tests without it: another ninja would compile DeepSpeed's ops anew.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions"))),
         }
         log = (tmp / f"rank{rank}-{port}.log").open("wb")
         argv = [sys.executable, __file__, str(call), str(tmp / f"result{rank}-{port}.pkl")]

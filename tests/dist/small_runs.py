@@ -41,7 +41,7 @@ def prepare_run(tmp: Path, **recipe: object) -> Path:
         "model": {"path": str(tmp / "model")},
         "data": {"shards": [str(tmp / "shards")], "workers": 1, "caption_dropout": 0.2},
         "batch": {"global_batch_size": 8, "tokens_per_pack": 64},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 1, "decay": "constant", "eps": 1e-4},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 1, "schedule": "constant", "eps": 1e-4},
         "train": {"steps": 4, "save_every": 2},
         "tracking": {"wandb": "off"},
         **recipe,

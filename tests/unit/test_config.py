@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from dstrain.config import Recipe, build, describe, load_recipe, to_dict
-from dstrain.engine.lr import learning_rate
+from dstrain.engine.lr import lr_factor
 from dstrain.errors import ConfigError
 
 LEAST = {
@@ -45,7 +45,7 @@ def test_one_shard_need_not_be_a_list():
         ({"model": {"path": ""}}, "empty"),
         ({"model": {}}, "model.path must be given"),
         ({"model": "m"}, "must be a mapping"),
-        ({"data": {"shards": []}}, "list"),
+        ({"data": {"shards": []}}, "data.shards"),
         ({"data": {"shards": ["s"], "caption_dropout": 1.5}}, "between 0 and 1"),
         ({"model": {"path": "m", "components": ["vae"]}}, "mapping"),
         ({"train": {"steps": 10, "keep_checkpoints": 1}}, "at least 2"),
@@ -73,12 +73,45 @@ def test_every_one_letter_slip_of_a_section_is_named():
                     build(Recipe, {**{k: v for k, v in LEAST.items() if k != key}, slip: LEAST[key]}, "r")
 
 
-@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_learning_rate(decay):
-    o = recipe(optimizer={"lr": 1.0, "warmup_steps": 4, "decay": decay, "min_lr_ratio": 0.1}).optimizer
-    rates = [learning_rate(o, s, 10) for s in range(10)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[3:] == sorted(rates[3:], reverse=True)
-    assert rates[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)
-    if decay == "cosine":
-        assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)  # half way down
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_learning_rate(schedule):
+    settings = {"lr": 1.0, "warmup_steps": 4, "schedule": schedule, "min_lr_ratio": 0.1, "decay_steps": 3}
+    o = recipe(optimizer=settings).optimizer
+    factors = [lr_factor(o, s, 10) for s in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[3:] == sorted(factors[3:], reverse=True)
+    assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    if schedule == "cosine":
+        assert factors[6] == pytest.approx(0.1 + 0.9 * 0.5)  # half way down
+    if schedule == "wsd":
+        assert factors[3:7] == [1.0] * 4
+        assert factors[7:] == pytest.approx([0.7, 0.4, 0.1])
+
+
+def test_a_decay_longer_than_the_run_starts_after_the_warm_up():
+    o = recipe(optimizer={"warmup_steps": 2, "schedule": "wsd", "decay_steps": 100}).optimizer
+    assert [lr_factor(o, s, 6) for s in range(6)] == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"model": {"path": "x", "activations": "ful"}}, "did you mean 'full'"),
+        ({"model": {"path": "x", "activations": ["full", 3]}}, "model.activations"),
+        ({"lora": {"alpha": 4}}, "lora.rank is 0"),
+        ({"lora": {"rank": 4, "dora": True, "base": "nf4"}}, "lora.dora"),
+        ({"lora": {"rank": 4}, "train": {"steps": 1, "parameters": ["img_in.*"]}}, "exclude each other"),
+        ({"optimizer": {"schedule": "cosin"}}, "did you mean 'cosine'"),
+        ({"ema": {"decay": 1.0}}, "ema.decay"),
+    ],
+)
+def test_settings_that_do_not_go_together(tree, says):
+    with pytest.raises(ConfigError, match=says):
+        build(Recipe, {**LEAST, **tree}, "r")
+
+
+def test_what_was_written_down_is_known(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "optimizer": {"lr": 1e-5}}))
+    assert {"optimizer.lr", "optimizer.eps"} & load_recipe(path).stated == {"optimizer.lr"}
+    assert "optimizer.eps" in load_recipe(path, ["optimizer.eps=1e-8"]).stated

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import ROOT, prepare_run
@@ -70,7 +71,7 @@ def refuse(good, caplog, monkeypatch):
         ("optimizer.lr=.inf", ["optimizer.lr", "finite"]),
         ("objective.terminal=0", ["objective.terminal"]),
         ("seed=99999999999999999999", ["seed", "between"]),
-        ("data.shards=[]", ["data.shards", "at least one"]),
+        ("data.shards=[]", ["data.shards", "data.sources"]),
         ("data.shards=*.tar", ["quote"]),
         ("batch.global_batch_size=25", ["24", "25"]),
         ("batch.tokens_per_pack=17", ["tokens_per_pack"]),
@@ -122,7 +123,16 @@ def test_recipe_file(refuse, good, tmp_path):
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}', ["device", "'gpu'"]),
         ('{"train_batch_size": 16}', ["train_batch_size 16", "global_batch_size 8"]),
         ('{"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}', ["3", "2", "global_batch_size 8"]),
-        ('{"optimizer": {"type": "AdamW"}}', ["optimizer", "recipe"]),
+        (
+            '{"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}',
+            ["optimizer.params.lr = 0.5", "optimizer.lr = 0.001"],
+        ),
+        ('{"optimizer": {"type": "OneBitAdam"}}', ["optimizer.type", "supported: AdamW, Adam, Muon"]),
+        (
+            '{"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_type": "linear", "total_num_steps": 9}}}',
+            ["scheduler.type 'WarmupCosineLR'", "optimizer.schedule = 'constant'"],
+        ),
+        ('{"scheduler": {"type": "WarmupLR"}}', ["warmup_type", "'log'", "'linear'"]),
         ('{"bf16": {"enabled": "yes"}}', ["bf16.enabled"]),
         ('{"bf16": {"enabeld": true}}', ["bf16.enabeld", "did you mean 'enabled'"]),
         ('{"data_types": {"grad_accum_dtyp": "fp32"}}', ["did you mean 'grad_accum_dtype'"]),
@@ -134,6 +144,20 @@ def test_recipe_file(refuse, good, tmp_path):
         ('{"train_micro_batch_size_per_gpu": 0}', ["train_micro_batch_size_per_gpu", "0"]),
         ('{"gradient_accumulation_steps": 3}', ["gradient_accumulation_steps 3", "global_batch_size 8"]),
         ("[" * 100_000, ["not readable"]),
+        ('{"gradient_clipping": NaN}', ["not JSON", "NaN"]),
+        ('{"gradient_clipping": 1e999}', ["gradient_clipping", "inf"]),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 2}}}', ["ratio", "2"]),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}', ["Twin-Flow"]),
+        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}', ["does not divide the 1 ranks"]),
+        ('{"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}}', ["zero_hpz_partition_size", "stage 3"]),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}}',
+            ["nvme_path", "'/nowhere'"],
+        ),
+        ('{"offload_param": {"device": "cpu"}}', ["belongs at zero_optimization.offload_param"]),
+        ('{"bf16": {"enabled": "true"}}', ["bf16.enabled", "'true'"]),
+        ('{"aio": {"queue_dept": 8}}', ["aio.queue_dept", "did you mean 'queue_depth'"]),
+        ('{"compile": {"deepcompil": true}}', ["compile.deepcompil", "did you mean 'deepcompile'"]),
     ],
 )
 def test_ds_config(refuse, tmp_path, text, says):
@@ -142,6 +166,21 @@ def test_ds_config(refuse, tmp_path, text, says):
     error = refuse(ds=path)
     assert str(path) in error
     assert all(s in error for s in says), error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
+@pytest.mark.parametrize(
+    "zero",
+    [
+        '{"stage": 3, "zero_quantized_weights": true}',
+        '{"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": true}}',
+        '{"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {}}',
+    ],
+)
+def test_what_only_a_gpu_can(refuse, tmp_path, zero):
+    path = tmp_path / "ds.json"
+    path.write_text(f'{{"zero_optimization": {zero}}}')
+    assert "needs an NVIDIA GPU" in refuse(ds=path)
 
 
 def test_missing_ds_config(refuse):

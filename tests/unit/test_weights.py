@@ -5,10 +5,11 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dstrain.errors import CheckpointError
-from dstrain.models.weights import Weights, WeightsWriter, check_weights
+from dstrain.models.weights import Weights, WeightsWriter, check_weights, read_header
 
 TENSORS = {
     "a.weight": torch.randn(7, 5),
@@ -57,6 +58,37 @@ def test_order_and_shape_are_held(tmp_path):
         writer.close()
 
 
+def test_each_tensor_has_its_dtype_and_the_files_their_name_and_metadata(tmp_path):
+    dtypes = dict(zip(TENSORS, (torch.float32, torch.bfloat16, torch.float16, torch.float32)))
+    writer = WeightsWriter(tmp_path, SHAPES, dtypes, 150, stem="x", metadata={"what": "a test"})
+    for name, tensor in TENSORS.items():
+        writer.write(name, tensor)
+    writer.close()
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == ["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"]
+    index = json.loads((tmp_path / "x.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 35 * 4 + 24 * 2 + 11 * 2 + 4
+    for name, tensor in TENSORS.items():
+        file = tmp_path / index["weight_map"][name]
+        with safe_open(file, "pt") as f:
+            assert f.metadata() == {"format": "pt", "what": "a test"}
+            assert torch.equal(f.get_tensor(name), tensor.to(dtypes[name]))
+            assert f.get_tensor(name).dtype == dtypes[name]
+        assert torch.equal(Weights(file).read(name), tensor.to(dtypes[name]).flatten())
+        entries, metadata = read_header(file)
+        assert entries[name].dtype == dtypes[name]
+        assert metadata["what"] == "a test"
+
+
+def test_file_that_is_cut_short_after_it_was_opened_is_named(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    weights = Weights(tmp_path)
+    with (tmp_path / "x.safetensors").open("rb+") as f:
+        f.truncate(weights.entries["a.weight"].end - 1)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: was cut short"):
+        weights.read("a.weight")
+
+
 def raw(header: object, size: int = 100) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(size)
@@ -72,9 +104,12 @@ def raw(header: object, size: int = 100) -> bytes:
         (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}), "outside"),
         (raw({"a": {"dtype": "F32", "shape": [200], "data_offsets": [0, 800]}}), "outside"),
         (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "outside"),
+        (raw({"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}), "unreadable"),
         (raw({"a": {"dtype": "Q7", "shape": [2], "data_offsets": [0, 8]}}), "unreadable"),
         (raw({"a": {"shape": [2]}}), "unreadable"),
         (raw({"a": 3}), "unreadable"),
+        (raw([{"a": 3}]), "damaged"),
+        (raw({"__metadata__": 3}), "damaged"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, content, says):

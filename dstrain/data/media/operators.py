@@ -70,6 +70,20 @@ class Operators:
         if not self.tag_separator.strip():
             raise ConfigError("tag_separator is empty; give the character between tags, as ','")
 
+    def check_fixed(self) -> None:
+        """Raise ConfigError if anything of a sample differs from draw to draw, so that it cannot be encoded once."""
+        told = {
+            "crop: random": self.crop == "random",
+            f"flip: {self.flip:g}": self.flip > 0,
+            "caption: random": self.caption == "random",
+            "shuffle_tags: true": self.shuffle_tags,
+        }
+        if random := [f"data.{key}" for key, there in told.items() if there]:
+            raise ConfigError(
+                f"{' and '.join(random)} would choose anew for every draw, which samples that are encoded once cannot"
+                " follow; leave that out, or train on the pictures themselves"
+            )
+
     @property
     def varies_image(self) -> bool:
         """Whether the pixels of a sample differ from draw to draw, so that what is encoded once cannot be kept."""

@@ -64,6 +64,12 @@ class Resolution:
         usable = (width > 0) & (height > 0)
         return np.where(usable, width, 0), np.where(usable, height, 0)
 
+    def keeps(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        """Whether sizes that pictures have been brought to already can stay, bool [n]."""
+        if self.width:
+            return (widths == self.width) & (heights == self.height)
+        return widths.astype(np.int64) * heights <= self.max_pixels
+
     def takes_all(self, min_side: int, min_pixels: int, max_pixels: int) -> bool:
         """Whether no picture within these bounds can be left out; False where that would need a look at each."""
         if self.width:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dstrain.data.media.decode import load_rgb
+from dstrain.data.media.encoded import decode_encoded
 from dstrain.data.media.probe import probe
 from dstrain.data.media.resolution import MULTIPLE
 from dstrain.data.packing.items import Item, Piece
@@ -45,10 +46,12 @@ def prepare(number: int, item: Item, reencode: Reencode | None) -> Packed:
         if extension in members:
             raise BadSample(Reason.AMBIGUOUS, f"two members would be called {extension}")
         members[extension] = data
-    return Packed(_key(number, label, members), members)
+    return Packed(sample_key(number, label, members), members)
 
 
 def _member(part: Piece, reencode: Reencode | None) -> tuple[str, bytes]:
+    if part.content is Content.ENCODED:
+        decode_encoded(part.data)
     if part.content not in _SEEN:
         return part.column, part.data
     content, kind, data = part.content, "", part.data
@@ -81,7 +84,7 @@ def _container(data: bytes) -> str:
     return "mp4" if data[4:8] == b"ftyp" and data[8:12] != b"qt  " else "mov"
 
 
-def _key(number: int, label: str, members: Mapping[str, bytes]) -> str:
+def sample_key(number: int, label: str, members: Mapping[str, bytes]) -> str:
     """Name a sample so that keys are apart and in order, and every member's name fits a plain tar header."""
     start = f"{number:08d}"
     room = MAX_NAME - len(start) - len("-.") - max(len(extension.encode()) for extension in members)

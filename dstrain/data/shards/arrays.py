@@ -6,6 +6,7 @@ import numpy as np
 
 from dstrain.data.media.captions import MAX_JSON_BYTES
 from dstrain.data.media.containers import MAX_VIDEO_BYTES
+from dstrain.data.media.encoded import MAX_ENCODED_BYTES
 from dstrain.data.media.probe import MAX_IMAGE_BYTES, MAX_IMAGE_SIDE
 from dstrain.data.shards.names import CAPTIONS, Content
 
@@ -25,7 +26,7 @@ PART = np.dtype(
         ("offset", "<i8"),  # bytes from the start of the tar
         ("size", "<i8"),
         ("digest", "<u8"),  # xxh3_64, checked at every read
-        ("width", "<i4"),  # pixels, as the picture or video is meant to be seen; 0 for other members
+        ("width", "<i4"),  # pixels, as the picture or video is meant to be seen, or was encoded; 0 for other members
         ("height", "<i4"),
         ("frames", "<i4"),  # 1 for pictures
         ("fps", "<f4"),  # of videos
@@ -88,14 +89,17 @@ def _part_fault(parts: np.ndarray, columns: int, tar_size: int) -> str:
         return "a member lies outside the shard"
     if np.any((parts["column"] >= columns) | (parts["kind"] > max(Content)) | (parts["pad"] != 0)):
         return "a member is of no kind"
-    images, videos = parts["kind"] == Content.IMAGE, parts["kind"] == Content.VIDEO
+    images, videos, encoded = (parts["kind"] == kind for kind in (Content.IMAGE, Content.VIDEO, Content.ENCODED))
+    sized = images | videos | encoded
     sizes = np.stack([parts["width"], parts["height"], parts["frames"]])
-    limits = np.where(images | videos, [[MAX_IMAGE_SIDE]] * 2 + [[(1 << 31) - 1]], 0)
-    least = (images | videos).astype(np.int32)
+    limits = np.where(sized, [[MAX_IMAGE_SIDE]] * 2 + [[(1 << 31) - 1]], 0)
+    least = sized.astype(np.int32)
     if np.any((sizes < least) | (sizes > limits)) or np.any(parts["frames"][images] != 1):
         return "a picture or video has a size that cannot be"
     if np.any(parts["size"][images] > MAX_IMAGE_BYTES) or np.any(parts["size"][videos] > MAX_VIDEO_BYTES):
         return "a picture or video has more bytes than are read"
+    if np.any(parts["size"][encoded] > MAX_ENCODED_BYTES):
+        return "an encoded sample has more bytes than are read"
     if not np.all((parts["fps"] >= 0) & (parts["fps"] < 1e6)) or np.any(parts["fps"][~videos] != 0):
         return "a video has a frame rate that cannot be"
     return ""

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 IMAGE_KINDS = ("png", "jpg", "jpeg", "webp")
 VIDEO_KINDS = ("mp4", "m4v", "mov", "webm", "mkv")
+ENCODED = "encoded.safetensors"  # extension and column of what encoders made of a sample, see `media.encoded`
 UNREAD_IMAGE_KINDS = frozenset("gif tif tiff bmp avif heic heif jp2 jxl svg psd ppm".split())
 UNREAD_VIDEO_KINDS = frozenset("avi mpg mpeg wmv flv ogv 3gp".split())
 
@@ -21,6 +22,7 @@ class Content(IntEnum):
     VIDEO = 2
     TXT = 3  # one caption
     JSON = 4  # an object with captions, perhaps
+    ENCODED = 5  # tensors
 
 
 CAPTIONS = (Content.TXT, Content.JSON)  # in order of preference
@@ -43,16 +45,17 @@ def split(name: str) -> tuple[str, str] | None:
 def column_of(extension: str) -> tuple[str, Content]:
     """Return the column of a member with this extension, and how it is read.
 
-    "png" is column "image", "mp4" column "video", "edit_image.0.png" column "edit_image.0"; what is neither picture,
-    video, "txt" nor "json" is opaque, in a column named like the extension. Column "image" holds pictures only, "video"
-    videos only: "image.mp4" and "video.png" are columns of their own.
+    "png" is column "image", "mp4" column "video", "edit_image.0.png" column "edit_image.0"; others are named like the
+    extension, and opaque unless it is "txt", "json" or "encoded.safetensors". Column "image" holds pictures only,
+    "video" videos only: "image.mp4" and "video.png" are columns of their own.
     """
     name, _, last = extension.rpartition(".")
     content = Content.IMAGE if last in IMAGE_KINDS else Content.VIDEO if last in VIDEO_KINDS else Content.OPAQUE
     if content is not Content.OPAQUE:
         own = content.name.lower()
         return (extension if name in ("image", "video") and name != own else name or own), content
-    return extension, {"txt": Content.TXT, "json": Content.JSON}.get(extension, Content.OPAQUE)
+    known = {"txt": Content.TXT, "json": Content.JSON, ENCODED: Content.ENCODED}
+    return extension, known.get(extension, Content.OPAQUE)
 
 
 def is_safe(name: str) -> bool:

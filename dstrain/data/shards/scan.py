@@ -18,6 +18,7 @@ import xxhash
 
 from dstrain.data.media.captions import MAX_JSON_BYTES, captions_of, check_length
 from dstrain.data.media.containers import MAX_VIDEO_BYTES
+from dstrain.data.media.encoded import check_encoded_bytes, probe_encoded
 from dstrain.data.media.probe import check_bytes, probe
 from dstrain.data.reasons import BadSample, Reason
 from dstrain.data.shards.arrays import MAX_COLUMNS, PART, ROW
@@ -107,12 +108,17 @@ def read_part(fd: int, member: Member, extension: str) -> Part:
     elif content is Content.VIDEO:
         if member.size > MAX_VIDEO_BYTES:
             raise BadSample(Reason.VIDEO_TOO_LARGE, f"{member.size} bytes, more than {MAX_VIDEO_BYTES}")
+    elif content is Content.ENCODED:
+        check_encoded_bytes(member.size)
     elif content is Content.TXT:
         check_length(member.size)
     data = read_at(fd, member.size, member.offset)
     part = Part(column, content, xxhash.xxh3_64_intdigest(data), data)
     if content is Content.IMAGE:
         (part.width, part.height), part.frames = probe(data).size, 1
+    elif content is Content.ENCODED:
+        encoded = probe_encoded(data)
+        part.width, part.height, part.frames = encoded.width, encoded.height, encoded.frames
     elif content is Content.VIDEO:
         from dstrain.data.media.video import probe_video  # PyAV is loaded only where there are videos
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dstrain.data.media.decode import load_rgb
+from dstrain.data.media.encoded import decode_encoded
 from dstrain.data.media.probe import probe
 from dstrain.data.reasons import BadSample, Reason
 from dstrain.data.shards.catalog import sidecar_of
@@ -171,6 +172,9 @@ class _Check:
         elif part.content is Content.IMAGE:
             assert part.data is not None
             load_rgb(part.data, probe(part.data))
+        elif part.content is Content.ENCODED:
+            assert part.data is not None
+            decode_encoded(part.data)
         elif part.content is Content.VIDEO:
             from dstrain.data.media.video import decode_video
 

@@ -1,0 +1,258 @@
+"""Everything that can be said of a run before it starts, without a GPU: errors, warnings, and what is in order.
+
+The errors are those that a training would stop with, but for all parts and not only the first. The warnings are of
+what would run, and disappoint: disks that fill up, saves that outlast the process group, ranks that wait.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from dstrain.config import Recipe, load_recipe
+from dstrain.engine.distributed import has_fast_bf16
+from dstrain.engine.ds_config import check_sections, complete, faults, load, uses_bf16
+from dstrain.engine.ds_optimizer import settle
+from dstrain.engine.ds_rules import idle, offload, stage
+from dstrain.engine.ds_sizes import sizes
+from dstrain.errors import ConfigError, DstrainError
+from dstrain.job import Job, block_size, load_pipeline, open_data, prepare, wanted_samples
+from dstrain.models.packing import PackLayout
+from dstrain.models.weights import Weights
+from dstrain.pipelines.base import PIPELINES
+
+T = TypeVar("T")
+GB = 1e9
+PEAK = 989e12 * 0.5  # FLOP/s of an H100 or H200 in bf16, at the half of it that a good run reaches
+LINKS = {"NVLink": 370e9, "50 GB/s a GPU between nodes": 50e9}  # bytes/s
+GPUS_A_NODE = 8
+LEVELS = ("error", "warning", "ok")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the result."""
+
+    level: Literal["error", "warning", "ok"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run would be: which need not be where it is checked."""
+
+    ranks: int
+    gpu: bool
+    disk: float = 0.5e9  # bytes/s that all ranks together write to run_dir
+
+
+def check(recipe_path: Path, overrides: list[str], ds_path: Path, machine: Machine) -> list[Finding]:
+    """Check a recipe and a ds_config against each other and against what they name; errors come first."""
+    found: list[Finding] = []
+
+    def attempt(work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except DstrainError as e:
+            found.append(Finding("error", str(e)))
+            return None
+
+    attempt(_timeout)
+    recipe = attempt(lambda: load_recipe(recipe_path, overrides))
+    config = attempt(lambda: load(ds_path))
+    if config is not None and (wrong := [f"{ds_path}: {fault}" for fault in faults(config)]):
+        found += [Finding("error", text) for text in wrong]
+        config = None
+    if config is not None:
+        config = _for_machine(config, machine)
+        found += [Finding("warning", f"{ds_path}: {text}") for text in idle(config)]
+    if recipe is not None:
+        found += [Finding("warning", text) for text in of_recipe(recipe, machine)]
+        if not any(finding.level == "error" for finding in found):
+            assert config is not None
+            if (job := attempt(lambda: prepare(recipe, ds_path, config, machine.ranks))) is not None:
+                found += [Finding("warning", text) for text in of_job(job, machine)]
+                found += [Finding("ok", text) for text in summary(job, config)]
+        if any(finding.level == "error" for finding in found):  # the first of them hides what else there is
+            for part in _parts(recipe, ds_path, config, machine):
+                attempt(part)
+    found = list(dict.fromkeys(found))
+    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+
+
+def _for_machine(config: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """Say "auto" as the machine would that is checked for: its GPUs multiply bf16."""
+    if machine.gpu and config.get("bf16", {}).get("enabled") == "auto":
+        return {**config, "bf16": {**config["bf16"], "enabled": True}}
+    return config
+
+
+def _parts(
+    recipe: Recipe, ds_path: Path, config: dict[str, Any] | None, machine: Machine
+) -> Iterator[Callable[[], Any]]:
+    """Yield the parts of `prepare` that can be wrong each on its own."""
+    if config is not None:
+        yield lambda: _engine(recipe, ds_path, config, machine)
+    if recipe.model.family in PIPELINES:
+        family = PIPELINES.get(recipe.model.family)
+        yield lambda: open_data(recipe.data, wanted_samples(recipe.data, family.columns()))
+        yield lambda: _model(recipe)
+
+
+def _engine(recipe: Recipe, ds_path: Path, config: dict[str, Any], machine: Machine) -> None:
+    bf16 = uses_bf16(config, has_fast_bf16(torch.device("cpu")))
+    complete(config, settle(recipe, config, ds_path), world_size=machine.ranks, bf16=bf16, path=ds_path)
+    check_sections(config, ds_path, gpu=machine.gpu)
+
+
+def _model(recipe: Recipe) -> None:
+    family = PIPELINES.get(recipe.model.family)
+    pipeline = load_pipeline(
+        family, recipe, device=torch.device("cpu"), dtype=torch.float32, load=("tokenizer", "scheduler")
+    )
+    pipeline.check_fit()
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in pipeline.build_transformer().named_parameters()}
+    if recipe.model.init == "pretrained":
+        Weights(pipeline.folder("transformer")).check(shapes)
+
+
+def _timeout() -> int:
+    """Return the minutes after which a rank that waits for others gives up (DeepSpeed's constant and variable)."""
+    text = os.environ.get("DEEPSPEED_TIMEOUT", "10")
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"DEEPSPEED_TIMEOUT = {text!r} is set in the environment; it must be whole minutes, or unset")
+    return int(text)
+
+
+def of_recipe(recipe: Recipe, machine: Machine) -> Iterator[str]:
+    """Yield warnings that need the recipe only."""
+    o, steps, batch = recipe.optimizer, recipe.train.steps, recipe.batch.global_batch_size
+    if recipe.train.save_every > steps:
+        yield f"train.save_every = {recipe.train.save_every} is beyond train.steps = {steps}: only the end is saved"
+    if o.warmup_steps == steps:
+        yield f"optimizer.warmup_steps = {o.warmup_steps} is the whole run: the peak rate is reached at its end only"
+    if o.schedule == "wsd" and o.decay_steps > steps - o.warmup_steps:
+        left = steps - o.warmup_steps
+        yield f"optimizer.decay_steps = {o.decay_steps} is more than the {left} steps after the warm-up"
+    if o.schedule != "wsd" and o.decay_steps:
+        yield f"optimizer.decay_steps has no effect on schedule {o.schedule!r}; it is for wsd"
+    if o.schedule == "constant" and o.min_lr_ratio:
+        yield "optimizer.min_lr_ratio has no effect on schedule 'constant'"
+    if batch % machine.ranks:
+        yield (
+            f"batch.global_batch_size = {batch} is not a multiple of {machine.ranks} ranks: some compute a sample more"
+            " than others, who wait"
+        )
+    if not machine.gpu and "offload" in recipe.model.activations:
+        yield "model.activations: offload does nothing without a GPU; full keeps as little"
+    if not machine.gpu and recipe.model.encoders == "offload":
+        yield "model.encoders: offload does nothing without a GPU"
+    if recipe.ema.decay and 1 / (1 - recipe.ema.decay) > steps:
+        yield (
+            f"ema.decay = {recipe.ema.decay:g} averages over {1 / (1 - recipe.ema.decay):,.0f} steps, and the run has"
+            f" {steps:,}: the average stays near the start"
+        )
+    if recipe.data.workers > (cores := os.cpu_count() or 1):
+        yield f"data.workers = {recipe.data.workers} threads a rank, and this machine has {cores} cores"
+
+
+def of_job(job: Job, machine: Machine) -> Iterator[str]:
+    """Yield warnings that need what the run was checked with."""
+    if job.recipe.ema.decay and "nvme" in (offload(job.ds_config, "param"), offload(job.ds_config, "optimizer")):
+        size = 4 * _count(job.trained) / machine.ranks / GB
+        yield f"ema.decay: the average is kept in host memory, {size:.3g} GB a rank, not on the NVMe drive"
+    yield from _balance(job)
+    yield from _disk(job)
+    yield from _save_time(job, machine)
+    if machine.gpu and stage(job.ds_config) == 3 and machine.ranks > 1:
+        yield from _gathers(job, machine)
+
+
+def summary(job: Job, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is in order, and what was filled in."""
+    with torch.device("meta"):
+        model = job.pipeline.build_transformer()
+    moved = [f"{what} on {where}" for what in ("param", "optimizer") if (where := offload(config, what)) != "none"]
+    yield f"engine: {', '.join([f'ZeRO-{stage(config)}', *moved, str(job.dtype).removeprefix('torch.')])}"
+    for key, size in sizes(config, block_size(model), 0).items():
+        yield f"engine: {key} = {size.elements:,}: {size.why}"
+    yield f"model: {_count(job.shapes):,} parameters, {_count(job.trained):,} trained"
+    yield f"data: {job.dataset.summary()}"
+    micros, used, _ = job.plan.figures(0)
+    yield (
+        f"batch: {job.recipe.batch.global_batch_size} samples in {micros} micro-step{'s' * (micros > 1)} on"
+        f" {job.world_size} rank{'s' * (job.world_size > 1)}, packs {used:.0%} full"
+    )
+
+
+def _count(shapes: Mapping[str, torch.Size]) -> int:
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def _balance(job: Job) -> Iterator[str]:
+    figures = [job.plan.figures(step) for step in range(min(3, job.recipe.train.steps))]
+    waiting = sum(more for _, _, more in figures) / len(figures)
+    if waiting > 0.2:
+        yield (
+            f"ranks wait for the costliest, which has {waiting:.0%} more to do than the mean; raise"
+            " batch.global_batch_size or batch.tokens_per_pack"
+        )
+
+
+def _disk(job: Job) -> Iterator[str]:
+    train, run_dir = job.recipe.train, Path(job.recipe.run_dir)
+    checkpoint = _checkpoint_bytes(job)
+    need = (train.keep_checkpoints + 1) * checkpoint  # a new one is whole before an old one goes
+    if train.export:
+        need += job.dtype.itemsize * _count(job.trained if job.recipe.lora.rank else job.shapes)
+    have = sum(
+        p.stat().st_size for name in ("checkpoints", "export") for p in (run_dir / name).rglob("*") if p.is_file()
+    )
+    there = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free + have < need:
+        yield (
+            f"run_dir {run_dir} will need {need / GB:,.1f} GB ({train.keep_checkpoints} + 1 checkpoints of"
+            f" {checkpoint / GB:,.1f} GB{' and the export' * train.export}), and {free / GB:,.1f} GB are free there"
+        )
+
+
+def _checkpoint_bytes(job: Job) -> int:
+    """Three fp32 words a trained parameter: the weight and the two moments; a fourth for the average."""
+    return (12 + 4 * (job.recipe.ema.decay > 0)) * _count(job.trained)
+
+
+def _save_time(job: Job, machine: Machine) -> Iterator[str]:
+    seconds, minutes = _checkpoint_bytes(job) / machine.disk, _timeout()
+    if seconds > 60 * minutes:
+        yield (
+            f"a checkpoint of {_checkpoint_bytes(job) / GB:,.1f} GB takes {seconds / 60:.0f} minutes at"
+            f" {machine.disk / GB:g} GB/s, and ranks that wait give up after {minutes}; set DEEPSPEED_TIMEOUT to more"
+            " minutes, or run_dir to a faster disk"
+        )
+
+
+def _gathers(job: Job, machine: Machine) -> Iterator[str]:
+    """Compare what a micro-step computes with what it moves: weights gathered twice, gradients reduced once."""
+    rows = job.plan.step(0)[0][0]
+    tokens = job.dataset.tokens(np.array([row for _, row in rows]))
+    layout = PackLayout.build([[(1, 1, max(1, int(n) - 1))] for n in tokens], [1] * len(tokens))
+    with torch.device("meta"):
+        model = job.pipeline.build_transformer()
+    again = 0 if set(job.recipe.model.activations) == {"none"} else 1
+    compute = (3 + again) * model.forward_flops(layout) / PEAK
+    name = list(LINKS)[machine.ranks > GPUS_A_NODE]
+    moved = job.dtype.itemsize * (2 * _count(job.shapes) + _count(job.trained)) * (1 - 1 / machine.ranks)
+    transfer = moved / LINKS[name]
+    if transfer > compute:
+        yield (
+            f"a micro-step of {int(tokens.sum()):,} tokens computes for about {compute:.2g} s and moves"
+            f" {moved / GB:,.1f} GB in {transfer:.2g} s ({name}), which it cannot hide; raise batch.tokens_per_pack"
+            f" for fewer, larger micro-steps{'' if machine.ranks <= GPUS_A_NODE else ', or gather within nodes (hpZ)'}"
+        )

@@ -1,0 +1,58 @@
+"""Check a run before it starts: recipe, ds_config, weights, data, disk and timeouts, in seconds and without a GPU.
+
+    dstrain check --config launch/recipes/demo.yaml --ds_config ds_configs/zero2.json --ranks 8 --gpu_gb 80
+
+One line each: error (the training would stop with it), warning (it would run, and disappoint) and ok. The exit code is
+2 if there is an error, 0 otherwise.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from dstrain.commands.arguments import positive
+from dstrain.errors import printable
+
+ABOUT = "check recipe, ds_config, weights, data and disk before a run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; those that a training has are spelt as there."""
+    parser.add_argument("--config", metavar="RECIPE", type=Path, required=True, help="recipe (YAML)")
+    parser.add_argument("--ds_config", metavar="JSON", type=Path, required=True, help="DeepSpeed JSON")
+    ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
+    parser.add_argument("--ranks", metavar="N", type=positive, default=ranks, help="processes of the run (%(default)s)")
+    parser.add_argument(
+        "--gpu_gb", metavar="GB", type=_quantity, help="memory of a GPU, for a run on GPUs that are not in this machine"
+    )
+    parser.add_argument("--host_gb", metavar="GB", type=_quantity, help="memory of a node, likewise")
+    parser.add_argument(
+        "--disk_gb_s", metavar="N", type=_quantity, default=0.5, help="GB/s written to run_dir by all (%(default)s)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 2 if one is an error."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would print on stdout that it guesses so
+    from dstrain.checks import Machine, check
+
+    gpu = args.gpu_gb is not None or torch.cuda.is_available()
+    machine = Machine(ranks=args.ranks, gpu=gpu, disk=args.disk_gb_s * 1e9)
+    findings = check(args.config, args.overrides, args.ds_config, machine)
+    for finding in findings:
+        print(f"{finding.level}: {printable(finding.text)}")
+    return 2 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _quantity(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r:.40}")
+    return value

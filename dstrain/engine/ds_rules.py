@@ -1,0 +1,160 @@
+"""What of a ds_config does not go together, what needs a GPU, and what has no effect.
+
+Values are taken to be of their kinds (see ds_schema). The rules are those of DeepSpeed 0.19.8, most of which it
+asserts only when the model is loaded, and this trainer's own.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def stage(config: Mapping[str, Any]) -> int:
+    """Return the ZeRO stage, 0 to 3."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def offload(config: Mapping[str, Any], what: str) -> str:
+    """Return where "param" or "optimizer" state is kept: "none", "cpu" or "nvme"."""
+    section = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return section.get("device", "none")
+
+
+def contradictions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each setting that cannot be together with another, or with this trainer."""
+    zero, level = config.get("zero_optimization", {}), stage(config)
+    if config.get("fp16", {}).get("enabled") is True:
+        yield 'fp16 overflows in these models; use "bf16": {"enabled": true}'
+    if not config.get("managed_gradient_accumulation", True):
+        yield "managed_gradient_accumulation must be true; the trainer marks the boundaries itself"
+    if zero.get("compute_grad_norm") is False:
+        yield "zero_optimization.compute_grad_norm must be true; the norm is logged and guarded"
+    if zero.get("legacy_stage1"):
+        yield "zero_optimization.legacy_stage1 is no longer in DeepSpeed; remove it"
+    if offload(config, "param") != "none" and level != 3:
+        yield f"zero_optimization.offload_param needs stage 3, not {level}"
+    if offload(config, "optimizer") != "none" and level == 0:
+        yield "zero_optimization.offload_optimizer needs stage 1, 2 or 3, not 0"
+    for what in ("param", "optimizer"):
+        if offload(config, what) == "nvme":
+            yield from _nvme(f"zero_optimization.offload_{what}.nvme_path", zero[f"offload_{what}"].get("nvme_path"))
+    yield from _optimizer_offload(config)
+    yield from _zenflow(config)
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key) and level != 3:
+            yield f"zero_optimization.{key} needs stage 3, not {level}"
+    if (size := zero.get("zero_hpz_partition_size", 1)) > 1 and level != 3:
+        yield f"zero_optimization.zero_hpz_partition_size = {size} needs stage 3, not {level}"
+    yield from _bf16(config)
+    yield from _compile(config)
+
+
+def _nvme(key: str, folder: str | None) -> Iterator[str]:
+    if not folder or not Path(folder).is_dir():
+        yield f"{key} must be a folder on a fast local disk, not {folder!r}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"{key} = {folder!r} cannot be written to; choose another folder, or change its owner"
+
+
+def _optimizer_offload(config: Mapping[str, Any]) -> Iterator[str]:
+    key, level, device = "zero_optimization.offload_optimizer", stage(config), offload(config, "optimizer")
+    section = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if (ratio := section.get("ratio", 1)) < 1:
+        if level != 3:
+            yield f"{key}.ratio = {ratio:g} (Twin-Flow) needs stage 3, not {level}"
+        elif device != "cpu":
+            yield f'{key}.ratio = {ratio:g} (Twin-Flow) needs "device": "cpu" beside it, not {device!r}'
+    if section.get("super_offload"):
+        if level != 3:
+            yield f"{key}.super_offload needs stage 3, not {level}"
+        elif device != "cpu":
+            yield f'{key}.super_offload needs "device": "cpu" beside it, not {device!r}'
+
+
+def _zenflow(config: Mapping[str, Any]) -> Iterator[str]:
+    zero = config.get("zero_optimization", {})
+    key, flow = "zero_optimization.zenflow", zero.get("zenflow")
+    if flow is None:
+        return
+    if offload(config, "optimizer") != "cpu":
+        yield f'{key} needs zero_optimization.offload_optimizer: {{"device": "cpu"}}'
+    if flow.get("offload") and not zero.get("overlap_comm", stage(config) == 3):
+        yield f"{key}.offload needs zero_optimization.overlap_comm: true"
+    strategy, interval = flow.get("select_strategy", "auto"), flow.get("select_interval", "auto")
+    if (strategy == "auto") != (interval == "auto"):
+        wanted = '"auto"' if strategy == "auto" else "a number"
+        yield f"{key}.select_interval must be {wanted} with select_strategy {strategy!r}, not {interval!r}"
+    update = flow.get("update_interval", "auto")
+    if strategy == "step" and "auto" not in (interval, update) and interval < update:
+        yield f"{key}.select_interval = {interval} must be at least update_interval = {update}"
+
+
+def _bf16(config: Mapping[str, Any]) -> Iterator[str]:
+    section = config.get("bf16", {})
+    if section.get("bf16_optimizer_states") and not section.get("bf16_master_weights_and_grads"):
+        yield "bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads: true"
+    if section.get("bf16_master_weights_and_grads"):
+        if section.get("enabled", False) is False:
+            yield "bf16.bf16_master_weights_and_grads needs bf16.enabled: true"
+        if stage(config) == 0:
+            yield "bf16.bf16_master_weights_and_grads needs zero_optimization.stage 1, 2 or 3, not 0"
+
+
+def _compile(config: Mapping[str, Any]) -> Iterator[str]:
+    section = config.get("compile", {})
+    moved = [key for key in ("offload_activation", "offload_opt_states", "offload_parameters") if section.get(key)]
+    if len(moved) > 1 and moved != ["offload_activation"]:
+        yield f"compile.{moved[0]} and compile.{moved[1]} exclude each other; keep one"
+    if moved and not section.get("deepcompile"):
+        yield f"compile.{moved[0]} needs compile.deepcompile: true"
+
+
+def gpu_only(config: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of what is switched on and runs on NVIDIA GPUs only."""
+    zero = config.get("zero_optimization", {})
+    switched = {
+        "zero_optimization.offload_optimizer.super_offload": (zero.get("offload_optimizer") or {}).get("super_offload"),
+        "zero_optimization.zenflow": zero.get("zenflow") is not None,
+        "aio.use_gds": (config.get("aio") or {}).get("use_gds"),
+        "compile.deepcompile": config.get("compile", {}).get("deepcompile"),
+    }
+    quantized = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    switched |= {f"zero_optimization.{key}": zero.get(key) for key in quantized}
+    return [key for key, on in switched.items() if on]
+
+
+# Keys that only these stages look at.
+STAGES = {
+    "sub_group_size": (3,),
+    "memory_efficient_linear": (3,),
+    "leaf_module": (3,),
+    "pipeline_loading_checkpoint": (3,),
+    "round_robin_gradients": (1, 2),
+    "parameter_alignment": (1, 2),
+    "use_multi_rank_bucket_allreduce": (1, 2),
+    "allgather_bucket_size": (1, 2),
+    "allgather_partitions": (1, 2),
+    "overlap_comm": (1, 2, 3),
+    "contiguous_gradients": (1, 2, 3),
+    "reduce_scatter": (1, 2, 3),
+}
+
+
+def idle(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each setting that has no effect beside the others."""
+    zero, level = config.get("zero_optimization", {}), stage(config)
+    for key in zero:
+        stages = (3,) if key.startswith("stage3_") else STAGES.get(key, (0, 1, 2, 3))
+        if level not in stages:
+            yield f"zero_optimization.{key} has no effect at stage {level}"
+    if "activation_checkpointing" in config:
+        yield "activation_checkpointing has no effect here; the recipe's model.activations says what blocks keep"
+    if "checkpoint" in config:
+        yield "checkpoint has no effect here; this trainer writes its own checkpoints"
+    for what in ("param", "optimizer"):
+        section = zero.get(f"offload_{what}") or {}
+        if section.get("nvme_path") and section.get("device") != "nvme":
+            yield f'zero_optimization.offload_{what}.nvme_path has no effect without "device": "nvme"'
+    if "aio" in config and "nvme" not in (offload(config, "param"), offload(config, "optimizer")):
+        yield 'aio has no effect without an offload to "device": "nvme"'

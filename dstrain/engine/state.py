@@ -1,0 +1,143 @@
+"""What a checkpoint holds of the trained parameters: fp32 weights, optimizer moments and averages, in slices.
+
+Each rank writes `rank-RRRRR.safetensors` with the elements that it keeps anyway, so nothing is gathered. A tensor
+"KIND:PARAMETER" is 1-D; the file's metadata says under "slices" where it begins in the flattened parameter and which
+shape that has. Together the ranks' slices cover every parameter once, so a checkpoint of any world size and ZeRO stage
+can be read by any other, whole or by range. There is no pickle in it.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from dstrain.errors import CheckpointError
+from dstrain.models.weights import NAMES, Entry, read_header
+
+PATTERN = "rank-*.safetensors"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + size) of a flattened parameter, and what is kept of them: dtypes by kind."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    size: int
+    kinds: Mapping[str, torch.dtype]
+
+
+def file_name(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_state(path: Path, pieces: Sequence[Piece], data: Iterable[Mapping[str, Tensor]], optimizer_step: int) -> None:
+    """Write a rank's pieces; `data` yields the tensors of each piece in turn, 1-D on any device.
+
+    One piece is in memory at a time. Raises OSError if the disk is full.
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": "pt",
+            "optimizer_step": str(optimizer_step),
+            "slices": json.dumps({p.name: [p.start, list(p.shape)] for p in pieces}),
+        }
+    }
+    offset = 0
+    for piece in pieces:
+        for kind, dtype in piece.kinds.items():
+            end = offset + piece.size * dtype.itemsize
+            header[f"{kind}:{piece.name}"] = {
+                "dtype": NAMES[dtype],
+                "shape": [piece.size],
+                "data_offsets": [offset, end],
+            }
+            offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for piece, tensors in zip(pieces, data, strict=True):
+            for kind, dtype in piece.kinds.items():
+                _write(file, tensors[kind], piece.size, dtype)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(file: BinaryIO, tensor: Tensor, size: int, dtype: torch.dtype) -> None:
+    assert tensor.shape == (size,) and tensor.dtype == dtype
+    file.write(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().data)
+
+
+class State:
+    """The state in a checkpoint folder, read by the slice; nothing but headers is read before it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all ranks' files.
+
+        Raises:
+            CheckpointError: there are none, one is unreadable, or the slices of a parameter leave a gap or overlap.
+        """
+        self.folder = folder
+        self.shapes: dict[str, torch.Size] = {}
+        self.optimizer_step = 0
+        self._slices: dict[tuple[str, str], list[tuple[int, Entry]]] = {}  # of (kind, parameter): start and place
+        files = sorted(folder.glob(PATTERN))
+        if not files:
+            raise CheckpointError(f"{folder}: no {PATTERN} in it; it is not a checkpoint of this version")
+        for path in files:
+            self._add(path)
+        for (kind, name), slices in self._slices.items():
+            slices.sort(key=lambda item: item[0])
+            end = 0
+            for start, entry in slices:
+                if start != end:
+                    raise CheckpointError(f"{entry.path}: {kind} of {name!r} begins at element {start}, not {end}")
+                end += entry.shape[0]
+            if end != prod(self.shapes[name]):
+                raise CheckpointError(
+                    f"{folder}: {kind} of {name!r} ends at {end} of {prod(self.shapes[name])} elements"
+                )
+
+    @property
+    def kinds(self) -> set[str]:
+        """What is kept: "weight", and e.g. "exp_avg", "exp_avg_sq", "ema"."""
+        return {kind for kind, _ in self._slices}
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether `kind` is kept of parameter `name`."""
+        return (kind, name) in self._slices
+
+    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements [start, stop) of the flattened parameter `name`, 1-D in fp32; stop None = to the end."""
+        stop = prod(self.shapes[name]) if stop is None else min(stop, prod(self.shapes[name]))
+        values = torch.empty(max(0, stop - start), dtype=torch.float32)
+        for begin, entry in self._slices[kind, name]:
+            low, high = max(start, begin), min(stop, begin + entry.shape[0])
+            if low < high:
+                values[low - start : high - start] = entry.read(low - begin, high - begin)
+        return values
+
+    def _add(self, path: Path) -> None:
+        entries, metadata = read_header(path)
+        try:
+            slices = json.loads(metadata["slices"])
+            self.optimizer_step = int(metadata["optimizer_step"])
+            for key, entry in entries.items():
+                kind, _, name = key.partition(":")
+                start, shape = slices[name]
+                if self.shapes.setdefault(name, torch.Size(shape)) != torch.Size(shape) or len(entry.shape) != 1:
+                    raise CheckpointError(f"{path}: {key!r} does not fit the other ranks' files")
+                if entry.shape[0]:
+                    self._slices.setdefault((kind, name), []).append((int(start), entry))
+        except (KeyError, TypeError, ValueError, RecursionError) as e:
+            raise CheckpointError(f"{path}: not a part of a checkpoint ({e!r})") from e
