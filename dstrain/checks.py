@@ -20,17 +20,17 @@ from dstrain.engine.ds_config import check_sections, complete, faults, load, use
 from dstrain.engine.ds_optimizer import settle
 from dstrain.engine.ds_rules import idle, offload, stage
 from dstrain.engine.ds_sizes import sizes
+from dstrain.engine.estimate import Advice, Choice, Estimate, advise, estimate, load_of
+from dstrain.engine.estimate import Machine as EstimateMachine
 from dstrain.errors import ConfigError, DstrainError
-from dstrain.job import Job, block_size, load_pipeline, open_data, prepare, wanted_samples
-from dstrain.models.packing import PackLayout
+from dstrain.job import Job, block_size, encoder_dtype, load_pipeline, open_data, prepare, wanted_samples
 from dstrain.models.weights import Weights
 from dstrain.pipelines.base import PIPELINES
 
 T = TypeVar("T")
 GB = 1e9
-PEAK = 989e12 * 0.5  # FLOP/s of an H100 or H200 in bf16, at the half of it that a good run reaches
-LINKS = {"NVLink": 370e9, "50 GB/s a GPU between nodes": 50e9}  # bytes/s
 GPUS_A_NODE = 8
+NVME = 5e9  # bytes/s of a node's drive, where the ds_config names one
 LEVELS = ("error", "warning", "ok")
 
 
@@ -48,6 +48,8 @@ class Machine:
 
     ranks: int
     gpu: bool
+    gpu_bytes: float = 80e9  # of a GPU
+    host_bytes: float = 1000e9  # of a node
     disk: float = 0.5e9  # bytes/s that all ranks together write to run_dir
 
 
@@ -69,15 +71,19 @@ def check(recipe_path: Path, overrides: list[str], ds_path: Path, machine: Machi
         found += [Finding("error", text) for text in wrong]
         config = None
     if config is not None:
-        config = _for_machine(config, machine)
         found += [Finding("warning", f"{ds_path}: {text}") for text in idle(config)]
     if recipe is not None:
         found += [Finding("warning", text) for text in of_recipe(recipe, machine)]
         if not any(finding.level == "error" for finding in found):
             assert config is not None
-            if (job := attempt(lambda: prepare(recipe, ds_path, config, machine.ranks))) is not None:
+            if (job := attempt(lambda: prepare(recipe, ds_path, config, machine.ranks, _device(machine)))) is not None:
                 found += [Finding("warning", text) for text in of_job(job, machine)]
                 found += [Finding("ok", text) for text in summary(job, config)]
+                if machine.gpu:
+                    mine, advice = plan_for(job, machine)
+                    found += [Finding("warning", text) for text in of_plan(mine, advice)]
+                    need = f"{mine.device / GB:,.1f} GB on a GPU and {mine.node / GB:,.1f} GB in a node's memory"
+                    found.append(Finding("ok", f"memory: about {need} (estimated)"))
         if any(finding.level == "error" for finding in found):  # the first of them hides what else there is
             for part in _parts(recipe, ds_path, config, machine):
                 attempt(part)
@@ -85,11 +91,8 @@ def check(recipe_path: Path, overrides: list[str], ds_path: Path, machine: Machi
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
-def _for_machine(config: dict[str, Any], machine: Machine) -> dict[str, Any]:
-    """Say "auto" as the machine would that is checked for: its GPUs multiply bf16."""
-    if machine.gpu and config.get("bf16", {}).get("enabled") == "auto":
-        return {**config, "bf16": {**config["bf16"], "enabled": True}}
-    return config
+def _device(machine: Machine) -> torch.device:
+    return torch.device("cuda" if machine.gpu else "cpu")
 
 
 def _parts(
@@ -105,7 +108,7 @@ def _parts(
 
 
 def _engine(recipe: Recipe, ds_path: Path, config: dict[str, Any], machine: Machine) -> None:
-    bf16 = uses_bf16(config, has_fast_bf16(torch.device("cpu")))
+    bf16 = uses_bf16(config, has_fast_bf16(_device(machine)))
     complete(config, settle(recipe, config, ds_path), world_size=machine.ranks, bf16=bf16, path=ds_path)
     check_sections(config, ds_path, gpu=machine.gpu)
 
@@ -170,8 +173,6 @@ def of_job(job: Job, machine: Machine) -> Iterator[str]:
     yield from _balance(job)
     yield from _disk(job)
     yield from _save_time(job, machine)
-    if machine.gpu and stage(job.ds_config) == 3 and machine.ranks > 1:
-        yield from _gathers(job, machine)
 
 
 def summary(job: Job, config: Mapping[str, Any]) -> Iterator[str]:
@@ -238,21 +239,46 @@ def _save_time(job: Job, machine: Machine) -> Iterator[str]:
         )
 
 
-def _gathers(job: Job, machine: Machine) -> Iterator[str]:
-    """Compare what a micro-step computes with what it moves: weights gathered twice, gradients reduced once."""
-    rows = job.plan.step(0)[0][0]
-    tokens = job.dataset.tokens(np.array([row for _, row in rows]))
-    layout = PackLayout.build([[(1, 1, max(1, int(n) - 1))] for n in tokens], [1] * len(tokens))
+def plan_for(job: Job, machine: Machine) -> tuple[Estimate, Advice]:
+    """Estimate the run by the first pack of its first step, and say which ds_config would be best."""
     with torch.device("meta"):
-        model = job.pipeline.build_transformer()
-    again = 0 if set(job.recipe.model.activations) == {"none"} else 1
-    compute = (3 + again) * model.forward_flops(layout) / PEAK
-    name = list(LINKS)[machine.ranks > GPUS_A_NODE]
-    moved = job.dtype.itemsize * (2 * _count(job.shapes) + _count(job.trained)) * (1 - 1 / machine.ranks)
-    transfer = moved / LINKS[name]
-    if transfer > compute:
+        model = job.build_transformer()
+    pack = job.plan.step(0)[0][0]
+    tokens = job.dataset.tokens(np.array([row for _, row in pack])).tolist()
+    word = encoder_dtype(job).itemsize
+    frozen = [Weights(job.components[name]) for name in ("vae", "text_encoder") if name in job.components]
+    size = word * sum(entry.shape.numel() for weights in frozen for entry in weights.entries.values())
+    # What of a sample is text is not known before it is read; both kinds of tokens cost the same.
+    load = load_of(model, [(max(1, n - 1), 1) for n in tokens], encoder_bytes=size)
+    choice = Choice.of(job.recipe, micro_steps=job.plan.figures(0)[0])
+    nodes = -(-machine.ranks // GPUS_A_NODE)
+    where = EstimateMachine(
+        nodes=nodes,
+        gpus=-(-machine.ranks // nodes),
+        gpu_bytes=machine.gpu_bytes,
+        host_bytes=machine.host_bytes,
+        nvme=NVME if "nvme" in (offload(job.ds_config, "param"), offload(job.ds_config, "optimizer")) else 0.0,
+    )
+    return estimate(job.ds_config, load, where, choice), advise(load, where, choice, job.ds_config)
+
+
+def of_plan(mine: Estimate, advice: Advice) -> Iterator[str]:
+    """Yield warnings of memory, of a ds_config that does more than is needed, and of transfers that are waited for."""
+    where, times = mine.machine, mine.traffic.times
+    if not mine.fits:
         yield (
-            f"a micro-step of {int(tokens.sum()):,} tokens computes for about {compute:.2g} s and moves"
-            f" {moved / GB:,.1f} GB in {transfer:.2g} s ({name}), which it cannot hide; raise batch.tokens_per_pack"
-            f" for fewer, larger micro-steps{'' if machine.ranks <= GPUS_A_NODE else ', or gather within nodes (hpZ)'}"
+            f"about {mine.device / GB:,.1f} GB are needed on a GPU, where {where.fits_gpu / GB:,.1f} are usable, and"
+            f" {mine.node / GB:,.1f} GB in a node's memory, where {where.fits_host / GB:,.1f} are; {advice.sentence}"
+        )
+    elif advice.best is not None and advice.best.estimate.traffic.seconds < 0.95 * mine.traffic.seconds:
+        yield (
+            f"{advice.best.name} fits too, and its step takes at least {advice.best.estimate.traffic.seconds:.2g} s"
+            f" instead of {mine.traffic.seconds:.2g} s by the estimate: what is offloaded or sharded here need not be"
+        )
+    if times["communication"] > times["compute"]:
+        micros = mine.plan.choice.micro_steps
+        way = f"batch.tokens_per_pack for fewer micro-steps than {micros}" if micros > 1 else "batch.global_batch_size"
+        yield (
+            f"a step computes for about {times['compute']:.2g} s and communicates for {times['communication']:.2g} s,"
+            f" which that cannot hide; raise {way}"
         )

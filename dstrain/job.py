@@ -13,6 +13,7 @@ import torch
 
 from dstrain.config import DataConfig, Recipe, to_dict
 from dstrain.data.dataset import Dataset, Source, open_dataset
+from dstrain.data.media.operators import Operators
 from dstrain.data.media.resolution import Resolution, colour
 from dstrain.data.plan import Plan
 from dstrain.data.remote.cache import Cache
@@ -81,14 +82,18 @@ class Job:
         return start_values(base, self.shapes, recipe.lora, recipe.seed, self.adapters)
 
 
-def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size: int) -> Job:
+def prepare(
+    recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size: int, device: torch.device | None = None
+) -> Job:
     """Check recipe, ds_config, output folder, shards and model folder against each other; cheapest checks first.
+
+    device: what the ranks compute on; None is what this machine has.
 
     Raises ConfigError, DataError or CheckpointError with one sentence that names what is wrong and the way out.
     """
     family = PIPELINES.get(recipe.model.family)
     make_objective(recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         choose(recipe.objective.kernel, device)
     except ValueError as e:
@@ -122,7 +127,7 @@ def prepare(recipe: Recipe, ds_path: Path, ds_config: dict[str, Any], world_size
     adapters = read_adapters(recipe, shapes)
     _check_sampling(recipe, pipeline)
     config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path, block=block_size(model))
-    check_sections(ds_config, ds_path)
+    check_sections(ds_config, ds_path, gpu=device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     return Job(
         recipe, config, world_size, device, dtype, dataset, plan, pipeline, components, adapters, shapes, trained
@@ -212,6 +217,11 @@ def wanted_samples(data: DataConfig, columns: tuple[str, ...]) -> Wanted:
     except ConfigError as e:
         raise ConfigError(f"data.{e}") from None
     return Wanted(resolution, columns, clip=clip)
+
+
+def make_operators(data: DataConfig) -> Operators:
+    """Return the random choices that the recipe asks for."""
+    return Operators(data.crop, data.flip, data.caption, data.shuffle_tags, data.keep_tags, data.tag_separator)
 
 
 def open_data(data: DataConfig, wanted: Wanted) -> Dataset:

@@ -14,7 +14,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dstrain.config import flat, to_dict
 from dstrain.data.loader import Loader, Pack, Sample
-from dstrain.data.media.operators import Operators
 from dstrain.data.media.resolution import colour
 from dstrain.data.policy import Bad, BadSamples, read_quarantine
 from dstrain.engine import checkpoint, distributed
@@ -25,7 +24,7 @@ from dstrain.engine.export import export, open_base, open_checkpoint
 from dstrain.engine.lr import lr_factor
 from dstrain.engine.state import State
 from dstrain.errors import CheckpointError, DataError, TrainingHalted
-from dstrain.job import Job, encoder_dtype, load_pipeline, make_objective
+from dstrain.job import Job, encoder_dtype, load_pipeline, make_objective, make_operators
 from dstrain.painting import paint
 from dstrain.pipelines.cache import EncodedCache
 from dstrain.rng import Purpose, words
@@ -57,7 +56,7 @@ class Trainer:
         )
         self.objective = make_objective(recipe)
         data = recipe.data
-        operators = Operators(data.crop, data.flip, data.caption, data.shuffle_tags, data.keep_tags, data.tag_separator)
+        operators = make_operators(data)
         varying = [
             *(job.dataset.wanted.columns if operators.varies_image else ()),
             *(["prompt"] * operators.varies_caption),

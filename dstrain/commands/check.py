@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu_gb", metavar="GB", type=_quantity, help="memory of a GPU, for a run on GPUs that are not in this machine"
     )
-    parser.add_argument("--host_gb", metavar="GB", type=_quantity, help="memory of a node, likewise")
+    parser.add_argument("--host_gb", metavar="GB", type=_quantity, help="memory of a node, likewise (1000)")
     parser.add_argument(
         "--disk_gb_s", metavar="N", type=_quantity, default=0.5, help="GB/s written to run_dir by all (%(default)s)"
     )
@@ -40,8 +40,16 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would print on stdout that it guesses so
     from dstrain.checks import Machine, check
 
-    gpu = args.gpu_gb is not None or torch.cuda.is_available()
-    machine = Machine(ranks=args.ranks, gpu=gpu, disk=args.disk_gb_s * 1e9)
+    there = torch.cuda.is_available()
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if there else 0.0
+    host_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if there else 1000e9
+    machine = Machine(
+        ranks=args.ranks,
+        gpu=there or args.gpu_gb is not None,
+        gpu_bytes=args.gpu_gb * 1e9 if args.gpu_gb else gpu_bytes,
+        host_bytes=args.host_gb * 1e9 if args.host_gb else host_bytes,
+        disk=args.disk_gb_s * 1e9,
+    )
     findings = check(args.config, args.overrides, args.ds_config, machine)
     for finding in findings:
         print(f"{finding.level}: {printable(finding.text)}")

@@ -142,8 +142,8 @@ def keep_compiled_ops() -> None:
 
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 in hardware; without it a CPU is about ten times slower than in fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":  # of another machine, if there is none here
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:

@@ -123,6 +123,10 @@ def complete(
         # DeepSpeed would add the gradients of micro-steps up in bf16, losing the small ones of a large batch.
         done["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     done["optimizer"] = optimizer_section(recipe.optimizer, offloaded=offload(config, "optimizer") != "none")
+    if recipe.optimizer.name == "muon":
+        _check_muon(config, path)
+        done["gradient_clipping"] = 0.0
+        done["zero_optimization"]["reduce_scatter"] = False
     return done
 
 
@@ -164,6 +168,20 @@ def _check_batch(config: Mapping[str, Any], recipe: Recipe, world_size: int, pat
             f" {world_size} ranks contradicts the recipe's batch.global_batch_size {want}; micro-batches are packed by"
             ' batch.tokens_per_pack, so remove them or write "auto"'
         )
+
+
+def _check_muon(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse what DeepSpeed's Muon does wrongly or not at all."""
+    if stage(config) not in (0, 3):
+        raise ConfigError(f"{path}: optimizer.name muon needs zero_optimization.stage 0 or 3, not {stage(config)}")
+    if clip := config.get("gradient_clipping", 0):
+        # At stage 3 the norm that is clipped is the orthogonalised update's, some fifty times the gradient's.
+        raise ConfigError(
+            f"{path}: gradient_clipping = {clip} would shrink every step of Muon, whose size does not depend on the"
+            " gradient's; set it to 0"
+        )
+    if config.get("zero_optimization", {}).get("reduce_scatter"):
+        raise ConfigError(f"{path}: zero_optimization.reduce_scatter does not go with optimizer.name muon; remove it")
 
 
 def _check_ranks(config: Mapping[str, Any], world_size: int, bf16: bool, path: Path) -> None:

@@ -64,8 +64,10 @@ class Engine:
         The norm is that before clipping. One that is not finite means that no weight was changed. `steps_done` before
         this one let an average forget its start: its decay is at most (1 + steps_done) / (10 + steps_done).
         """
-        for group, peak in zip(self.ds.optimizer.param_groups, self._peak_lr):
-            group["lr"] = peak * lr_factor
+        twin = getattr(self.ds.optimizer, "backup_optimizer", None)  # of Twin-Flow's share on the GPU
+        for optimizer in (self.ds.optimizer, twin) if twin else (self.ds.optimizer,):
+            for group, peak in zip(optimizer.param_groups, self._peak_lr):
+                group["lr"] = peak * lr_factor
         self._forget_bias_correction()
         norm = self._step()
         if self.ema_decay and math.isfinite(norm):

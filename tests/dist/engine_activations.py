@@ -53,7 +53,7 @@ def train(engine, world: distributed.World, micros: list[int]) -> list[tuple[flo
 
 
 def policies(cases: dict[str, tuple[tuple[str, ...], bool, dict[str, Any]]], keeps: list[tuple[str, ...]]) -> dict:
-    """The rows of `train` by case (frozen, leaf blocks, ZeRO's settings) and policy; any stream is worth a copy here."""
+    """The rows of `train` by case (frozen, leaf blocks, ZeRO's settings) and policy; every stream is copied here."""
     world = distributed.start()
     activations.SMALLEST = 0
     return {name: [train(build(keep, *case), world, [1, 3]) for keep in keeps] for name, case in cases.items()}

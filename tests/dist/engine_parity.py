@@ -56,7 +56,7 @@ def make(what: str = "full") -> QwenImageDiT:
 
 
 def fill(name, shape, start, stop):
-    """Seeded start, with noise where adaLN-Zero and LoRA have zeros, so that every branch has a gradient from step 0."""
+    """Seeded start, with noise where adaLN-Zero and LoRA have zeros: every branch has a gradient from step 0."""
     return initial_slice(_Noisy, name, shape, 7, start, stop)
 
 

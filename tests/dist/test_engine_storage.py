@@ -29,7 +29,7 @@ def test_gradients_are_those_of_the_rounded_weights(tmp_path, kind):
         name: ({"gradient_clipping": 0.5, "zero_optimization": zero}, kind, bf16)
         for name, (zero, bf16) in CASES.items()
     }
-    for rank, results in enumerate(run_ranks(2, "engine_storage:train", tmp_path, cases)):
+    for rank, results in enumerate(run_ranks(2, "engine_storage:train", tmp_path, cases, timeout=280)):
         for name, seen in results.items():
             where = (name, rank)
             rel, most = (5e-3, 0.1) if "bf16" in name else (1e-6, 1e-6)

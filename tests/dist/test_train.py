@@ -10,8 +10,10 @@ import time
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from small_runs import ROOT, environment, launch, losses, metrics, prepare_run
 from safetensors.torch import load_file
+from small_runs import ROOT, environment, launch, losses, metrics, prepare_run
+
+from dstrain.engine.state import State
 
 pytestmark = pytest.mark.dist
 
@@ -53,7 +55,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(straight, tmp_path):
     tmp, recipe, _ = straight
     run = tmp_path / "run"
     shutil.copytree(tmp / "run", run)
-    file = next((run / "checkpoints/step-00000004").glob("*optim_states.pt"))
+    file = next((run / "checkpoints/step-00000004").glob("rank-*.safetensors"))
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 0x40
     file.write_bytes(raw)
@@ -100,10 +102,53 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(straigh
     assert losses(run) == losses(whole)
 
 
-def test_another_world_size_is_refused_with_both_numbers(straight):
+def test_a_run_is_continued_at_another_world_size_and_stage(straight, tmp_path):
+    tmp, recipe, _ = straight
+    run = tmp_path / "run"
+    launch(recipe, f"run_dir={run}", "train.steps=2")
+    launch(recipe, f"run_dir={run}", launcher="python", ds="zero2")
+    for ours, theirs in zip(metrics(run), metrics(tmp / "run"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_lora_trains_paints_averages_and_leaves_as_lora(straight, tmp_path):
+    tmp, recipe, _ = straight
+    run, sizes = tmp_path / "run", {"sample.height": 32, "sample.width": 48, "sample.steps": 2, "sample.every": 2}
+    argv = [f"run_dir={run}", "lora.rank=4", "lora.alpha=8", "lora.dropout=0.1", "ema.decay=0.9"]
+    argv += ["sample.prompts=[a red cat, a cat, two cats]", *(f"{k}={v}" for k, v in sizes.items())]
+    launch(recipe, *argv, "train.steps=2", ds="zero3")
+    output = launch(recipe, *argv, ds="zero3")
+    assert "LoRA adapters of rank 4" in output
+    whole = tmp_path / "whole"
+    launch(recipe, f"run_dir={whole}", *argv[1:], ds="zero3")
+    assert losses(run) == losses(whole)  # dropout too is a function of the step
+    for name in ("0000.png", "0001.png", "0002.png", "grid.png"):
+        assert (run / "samples/step-00000004" / name).read_bytes() == (
+            whole / "samples/step-00000004" / name
+        ).read_bytes()
+    saved = sum(p.stat().st_size for p in (run / "checkpoints/step-00000004").glob("rank-*"))
+    base = (tmp / "model/transformer/diffusion_pytorch_model.safetensors").stat().st_size
+    assert saved < base / 2
+    pipe = QwenImagePipeline.from_pretrained(tmp / "model")
+    pipe.load_lora_weights(run / "export")
+    prompt = {"negative_prompt": "", "height": 32, "width": 48, "num_inference_steps": 2, "true_cfg_scale": 2.0}
+    assert pipe("a red cat", **prompt).images[0].size == (48, 32)
+    averaged = load_file(run / "export/pytorch_lora_weights.safetensors")
+    kinds = State(run / "checkpoints/step-00000004")
+    name = next(n for n in kinds.shapes if n.endswith("lora_B.weight"))
+    assert not torch.equal(kinds.read("ema", name), kinds.read("weight", name))
+    torch.testing.assert_close(
+        averaged[f"transformer.{name}"].float().view(-1), kinds.read("ema", name), rtol=0, atol=0
+    )
+
+
+def test_another_lora_is_not_continued(straight, tmp_path):
     _, recipe, _ = straight
-    output = launch(recipe, launcher="python", code=2)
-    assert "world_size was 2, is 1" in output
+    run = tmp_path / "run"
+    launch(recipe, f"run_dir={run}", "lora.rank=4", "train.steps=1", launcher="python", ds="zero2")
+    output = launch(recipe, f"run_dir={run}", "lora.rank=2", launcher="python", ds="zero2", code=2)
+    assert "cannot be continued" in output
+    assert "Change it back" in output
 
 
 def test_torchrun_trains_the_same_bits(straight, tmp_path):

@@ -91,10 +91,10 @@ def probe_encoded(data: bytes) -> EncodedHeader:
 
 def decode_encoded(data: bytes) -> tuple[EncodedHeader, dict[str, Tensor]]:
     """Return the header and the tensors by name, copies; raises BadSample if damaged, or if a value is not finite."""
-    header = probe_encoded(data)
+    header, view = probe_encoded(data), memoryview(data)
     tensors = {}
     for name, (dtype, shape, begin, end) in header.tensors.items():
-        tensors[name] = torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).view(shape)
+        tensors[name] = torch.frombuffer(bytearray(view[begin:end]), dtype=dtype).view(shape)
         if not torch.isfinite(tensors[name]).all():
             raise _damaged(f"{name} holds values that are not finite")
     return header, tensors

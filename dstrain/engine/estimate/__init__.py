@@ -1,4 +1,4 @@
-"""What a run will need before it starts: memory, bytes over each link, a floor of the step's time, the best ds_config."""
+"""What a run will need, before it starts: memory, bytes over links, a floor of the step's time, the best ds_config."""
 
 from dstrain.engine.estimate.advice import Advice, Candidate, advise
 from dstrain.engine.estimate.core import Choice, Estimate, estimate

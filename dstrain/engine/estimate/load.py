@@ -9,6 +9,7 @@ from torch import nn
 from dstrain.engine.ds_sizes import PERSISTENT
 from dstrain.models.base import DiT
 from dstrain.models.packing import PackLayout
+from dstrain.models.storage import SCALE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Load:
     frozen: int  # parameters that do not train and are kept as the ds_config says: bf16 or fp32
     trained: int  # parameters that train, adapters among them
     matrices: int  # of the trained ones, those that Muon takes
-    stored: int = 0  # bytes of frozen weights that are kept in 8 or 4 bits
+    stored: int = 0  # bytes of frozen weights that are kept in 8 or 4 bits, and of their scales
     stored_elements: int = 0  # the weights that these bytes stand for
     block: int = 0  # parameters of the largest block
     largest: int = 0  # elements of the largest parameter
@@ -65,6 +66,8 @@ def load_of(model: DiT, samples: Sequence[tuple[int, int]], *, encoder_bytes: fl
             stored += p.nbytes
             assert isinstance(layer, nn.Linear)
             stored_elements += layer.in_features * layer.out_features
+        elif name.endswith(SCALE):
+            stored += p.numel() * 2
         else:
             frozen += p.numel()
     blocks = [m for m in model.modules() if isinstance(m, model.block_class)]
@@ -93,6 +96,6 @@ def _layout(samples: Sequence[tuple[int, int]], scale: int) -> PackLayout:
 
 
 def _quadratic(model: DiT, sample: tuple[int, int]) -> int:
-    """FLOPs of a sample's attention: in f(k) = a + b k + c k^2 over k times its tokens, f(4) - 3 f(2) + 2 f(1) = 6 c."""
+    """FLOPs of a sample's attention: k times its tokens take f(k) = a + b k + c k^2: f(4) - 3 f(2) + 2 f(1) = 6 c."""
     one, two, four = (model.forward_flops(_layout([sample], scale)) for scale in (1, 2, 4))
     return (four - 3 * two + 2 * one) // 6

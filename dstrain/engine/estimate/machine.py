@@ -25,6 +25,7 @@ class Machine:
     peak: float = 989e12  # dense bf16 FLOPs a second
     efficiency: float = 0.55
     context: float = 1e9  # what CUDA and NCCL take of a GPU before anything is allocated
+    pinned_rounding: bool = True  # page-locked memory comes in powers of two, as PyTorch's allocator gives it
     process: float = 3e9  # host memory of a rank before the model: Python, PyTorch, CUDA, the loader
 
     def __post_init__(self) -> None:

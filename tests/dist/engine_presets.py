@@ -1,0 +1,118 @@
+"""Runs on each rank: a ds_config, an optimizer and what trains, against plain PyTorch on the same global batches."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from deepspeed.utils import groups
+from engine_parity import batches, fill, loss_sum, make, plain_copy, recipe
+
+from dstrain.engine import distributed
+from dstrain.engine.ds_config import complete
+from dstrain.engine.engine import build_engine
+
+MICROS = [1, 3, 2, 1]  # of a step
+
+
+class Case(NamedTuple):
+    ds: dict
+    what: str = "full"
+    bf16: bool = False
+    optimizer: str = "adamw"
+
+
+class Followed(NamedTuple):
+    """By step: our loss, plain loss, our norm, plain norm. Then the largest weight gap, and how far weights moved."""
+
+    steps: list[tuple[float, float, float, float]]
+    gap: float
+    moved: float
+
+
+def follow(cases: dict[str, Case]) -> dict[str, Followed]:
+    world = distributed.start()
+    return {name: _follow(case, world) for name, case in cases.items()}
+
+
+def _follow(case: Case, world) -> Followed:
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, one a process
+    wanted = recipe(8)
+    wanted = dataclasses.replace(wanted, optimizer=dataclasses.replace(wanted.optimizer, name=case.optimizer))
+    plain = plain_copy(case.what)
+    config = complete(
+        case.ds,
+        wanted,
+        world_size=world.size,
+        bf16=case.bf16,
+        path=Path("ds.json"),
+        block=sum(p.numel() for p in plain.transformer_blocks[0].parameters()),
+        largest=max(p.numel() for p in plain.parameters()),
+    )
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or all of so small a model would stay
+    engine = build_engine(partial(make, case.what), fill, config, world.device)
+    if case.bf16:
+        with torch.no_grad():
+            for p in plain.parameters():
+                p.copy_(p.bfloat16())
+    start = [p.detach().clone() for p in plain.parameters()]
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = Plain(plain, wanted.optimizer)
+    rows = []
+    for step, m in enumerate(MICROS):
+        packs = batches(step, m, world.size)
+        total = sum(len(p[3]) for p in packs)
+        ours = torch.zeros(())
+        for j in range(m):
+            loss = loss_sum(engine, packs[j * world.size + world.rank]) / total
+            engine.backward(loss, last=j == m - 1)
+            ours += loss.detach()
+        norm = engine.step(1.0, step)
+        with torch.no_grad():  # a forward in between, as sampling does
+            engine(*packs[0])
+        want = sum(loss_sum(plain, p) for p in packs) / total
+        plain.zero_grad()
+        want.backward()
+        clip = config["gradient_clipping"] or float("inf")
+        want_norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        rows.append((float(distributed.sum_over_ranks(ours)), want.item(), norm, want_norm.item()))
+    gap = max(float((p - q).abs().max()) for (_, p), q in zip(engine.parameters_gathered(), plain.parameters()))
+    moved = max(float((p - q).abs().max()) for p, q in zip(plain.parameters(), start))
+    engine.ds.destroy()
+    return Followed(rows, gap, moved)
+
+
+class Plain:
+    """AdamW by PyTorch, and for Muon's matrices Muon, written from its description."""
+
+    def __init__(self, model, o) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        # DeepSpeed gives Muon every matrix that is no embedding by its name
+        muon = [p for n, p in named if o.name == "muon" and p.ndim == 2 and "embed" not in n]
+        rest = [p for _, p in named if not any(p is q for q in muon)]
+        matrices, vectors = ([p for p in rest if (p.ndim > 1) == matrix] for matrix in (True, False))
+        decayed = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW([g for g in decayed if g["params"]], lr=o.lr, eps=o.eps) if rest else None
+        self.muon = [(p, torch.zeros_like(p)) for p in muon]
+        self.o = o
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self.adam:
+            self.adam.step()
+        for p, momentum in self.muon:
+            momentum.lerp_(p.grad, 1 - self.o.momentum)
+            update = orthogonal(p.grad.lerp(momentum, self.o.momentum)) * max(1, p.shape[0] / p.shape[1]) ** 0.5
+            p.mul_(1 - self.o.muon_lr * self.o.weight_decay).sub_(update, alpha=self.o.muon_lr)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz steps with the coefficients of Muon (Jordan et al., 2024)."""
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x

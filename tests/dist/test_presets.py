@@ -1,0 +1,63 @@
+"""Each file in ds_configs/ starts on two real ranks and follows plain PyTorch, with all weights and with adapters."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from engine_presets import Case
+from ranks import run_ranks
+from small_runs import ROOT, environment
+
+from dstrain.engine.ds_config import faults, load
+from dstrain.engine.ds_rules import gpu_only, offload
+
+PRESETS = sorted((ROOT / "ds_configs").glob("*.json"))
+BUILD_NVME = """
+from dstrain.engine.distributed import keep_compiled_ops
+keep_compiled_ops()
+from deepspeed.accelerator import get_accelerator
+builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+if not builder.is_compatible(verbose=False):
+    raise SystemExit(77)
+builder.load()
+"""
+
+
+def preset(path, drive):
+    """A shipped file, with what a user has to fit to the machine: the drive, and the GPUs of a node."""
+    config = load(path)
+    zero = config["zero_optimization"]
+    for what in ("offload_param", "offload_optimizer"):
+        if zero.get(what, {}).get("device") == "nvme":
+            zero[what]["nvme_path"] = str(drive)
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        zero["zero_hpz_partition_size"] = 2
+    assert list(faults(config)) == []
+    return config
+
+
+def held(tmp_path, path):
+    cases = {}
+    for what in ("full", "lora"):
+        for bf16 in (False, True):
+            cases[f"{path.stem} {what} {'bf16' if bf16 else 'fp32'}"] = Case(preset(path, tmp_path), what, bf16)
+    first, second = run_ranks(2, "engine_presets:follow", tmp_path, cases)
+    for name, found in first.items():
+        exact = "fp32" in name
+        for step, (ours, loss, norm, want_norm) in enumerate(found.steps):
+            near = 1e-6 if step == 0 else 1e-4
+            assert ours == pytest.approx(loss, rel=near if exact else 2e-3), (name, step)
+            assert norm == pytest.approx(want_norm, rel=10 * near if exact else 1e-2), (name, step)
+        assert found.gap < (1e-4 if exact else 1e-2), name
+        assert found.moved > 1e-3, name
+        assert [s[2] for s in found.steps] == [s[2] for s in second[name].steps], name
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("path", [p for p in PRESETS if "nvme" not in p.stem], ids=lambda p: p.stem)
+def test_it_follows_plain_pytorch(tmp_path, path):
+    if keys := gpu_only(load(path)):
+        pytest.skip(f"{keys[0]} needs a GPU")
+    held(tmp_path, path)
