@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 
+from dstrain.announce import load_of_job
 from dstrain.config import Recipe, load_recipe
 from dstrain.engine.distributed import has_fast_bf16
 from dstrain.engine.ds_config import check_sections, complete, faults, load, uses_bf16
 from dstrain.engine.ds_optimizer import settle
 from dstrain.engine.ds_rules import idle, offload, stage
 from dstrain.engine.ds_sizes import sizes
-from dstrain.engine.estimate import Advice, Choice, Estimate, advise, estimate, load_of
+from dstrain.engine.estimate import Advice, Estimate, advise, estimate
 from dstrain.engine.estimate import Machine as EstimateMachine
 from dstrain.errors import ConfigError, DstrainError
-from dstrain.job import Job, block_size, encoder_dtype, load_pipeline, open_data, prepare, wanted_samples
+from dstrain.job import Job, block_size, load_pipeline, open_data, prepare, wanted_samples
 from dstrain.models.weights import Weights
 from dstrain.pipelines.base import PIPELINES
 
@@ -241,16 +241,7 @@ def _save_time(job: Job, machine: Machine) -> Iterator[str]:
 
 def plan_for(job: Job, machine: Machine) -> tuple[Estimate, Advice]:
     """Estimate the run by the first pack of its first step, and say which ds_config would be best."""
-    with torch.device("meta"):
-        model = job.build_transformer()
-    pack = job.plan.step(0)[0][0]
-    tokens = job.dataset.tokens(np.array([row for _, row in pack])).tolist()
-    word = encoder_dtype(job).itemsize
-    frozen = [Weights(job.components[name]) for name in ("vae", "text_encoder") if name in job.components]
-    size = word * sum(entry.shape.numel() for weights in frozen for entry in weights.entries.values())
-    # What of a sample is text is not known before it is read; both kinds of tokens cost the same.
-    load = load_of(model, [(max(1, n - 1), 1) for n in tokens], encoder_bytes=size)
-    choice = Choice.of(job.recipe, micro_steps=job.plan.figures(0)[0])
+    load, choice = load_of_job(job)
     nodes = -(-machine.ranks // GPUS_A_NODE)
     where = EstimateMachine(
         nodes=nodes,

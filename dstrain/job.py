@@ -18,10 +18,12 @@ from dstrain.data.media.resolution import Resolution, colour
 from dstrain.data.plan import Plan
 from dstrain.data.remote.cache import Cache
 from dstrain.data.remote.urls import is_remote
+from dstrain.data.sample import Expected, SampleReader, check_first
 from dstrain.data.selection import Clip, Wanted
+from dstrain.data.shards.names import ENCODED
 from dstrain.engine import checkpoint
 from dstrain.engine.distributed import has_fast_bf16
-from dstrain.engine.ds_config import check_sections, complete, offload, stage, uses_bf16
+from dstrain.engine.ds_config import check_sections, complete, uses_bf16
 from dstrain.engine.ds_optimizer import settle
 from dstrain.errors import ConfigError
 from dstrain.kernels.backend import choose
@@ -49,11 +51,32 @@ class Job:
     dtype: torch.dtype  # of the trained weights
     dataset: Dataset
     plan: Plan
+    expected: Expected | None  # of samples that come encoded; None where they are pictures
     pipeline: Pipeline  # without its components
     components: dict[str, Path]  # local folder of each
     adapters: dict[str, torch.Tensor]  # read from lora.path
     shapes: dict[str, torch.Size]  # of the transformer's parameters, as its family has them
     trained: dict[str, torch.Size]  # of what trains: some of these, or adapters
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The frozen components to load: no encoder where the samples come encoded, unless pictures are painted."""
+        if self.expected is None or self.recipe.sample.every:
+            return tuple(self.pipeline.loaders)
+        return ("scheduler",)
+
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        """The dtype of VAE and text encoder."""
+        return encoder_dtype(self.recipe, self.dtype)
+
+    def encoder_memory(self) -> tuple[int, int]:
+        """Return the bytes of the encoders on a rank's device, at most, and in its host memory."""
+        sizes = self.pipeline.encoder_bytes(self.encoder_dtype)
+        loaded = [size for name, size in sizes.items() if name in self.frozen]
+        if self.recipe.model.encoders == "offload":
+            return max(loaded, default=0), sum(loaded)
+        return sum(loaded), 0
 
     def build_transformer(self) -> DiT:
         """Build the transformer as it is trained, on the current device, which should be meta."""
@@ -104,10 +127,17 @@ def prepare(
     wanted = wanted_samples(recipe.data, family.columns())
     dataset = open_data(recipe.data, wanted)
     pipeline = load_pipeline(
-        family, recipe, device=torch.device("cpu"), dtype=torch.float32, load=("tokenizer", "scheduler")
+        family,
+        recipe,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        load=("tokenizer", "scheduler"),
+        encoded=ENCODED in dataset.wanted.columns,
     )
     components = {name: pipeline.folder(name) for name in ("transformer", *pipeline.loaders)}
     pipeline.check_fit()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    expected = _expected(recipe, dataset, pipeline, dtype) if ENCODED in dataset.wanted.columns else None
     with torch.device("meta"):
         model = pipeline.build_transformer()
         trained_model = shape_transformer(pipeline, recipe)
@@ -128,9 +158,20 @@ def prepare(
     _check_sampling(recipe, pipeline)
     config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path, block=block_size(model))
     check_sections(ds_config, ds_path, gpu=device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
     return Job(
-        recipe, config, world_size, device, dtype, dataset, plan, pipeline, components, adapters, shapes, trained
+        recipe,
+        config,
+        world_size,
+        device,
+        dtype,
+        dataset,
+        plan,
+        expected,
+        pipeline,
+        components,
+        adapters,
+        shapes,
+        trained,
     )
 
 
@@ -171,41 +212,15 @@ def _check_sampling(recipe: Recipe, pipeline: Pipeline) -> None:
         pipeline.shape_of(wanted.height, wanted.width)
 
 
-def announce(job: Job) -> None:
-    """Log every derived number of the run."""
-    recipe, config = job.recipe, job.ds_config
-    count, trained = (sum(s.numel() for s in shapes.values()) for shapes in (job.shapes, job.trained))
-    figures = [job.plan.figures(step) for step in range(min(3, recipe.train.steps))]
-    micro = max(micros for micros, _, _ in figures)
-    used, waiting = (sum(figure[i] for figure in figures) / len(figures) for i in (1, 2))
-    samples = recipe.train.steps * recipe.batch.global_batch_size
-    moved = [f"{what} on {offload(config, what)}" for what in ("param", "optimizer") if offload(config, what) != "none"]
-    dtype = str(job.dtype).removeprefix("torch.")
-    clip = config["gradient_clipping"]
-    ranks = f"{job.world_size} rank{'s' * (job.world_size > 1)}"
-    lora = recipe.lora
-    adapters = f" in LoRA adapters of rank {lora.rank} on {lora.base} weights" if lora.rank else ""
-    rows = {
-        "data": job.dataset.summary(),
-        "model": f"{recipe.model.family} from {job.components['transformer']} ({recipe.model.init} weights)",
-        "parameters": f"{count:,}, {trained:,} trained{adapters}",
-        "engine": ", ".join(
-            [
-                f"ZeRO-{stage(config)}",
-                *moved,
-                dtype,
-                f"gradients clipped to {clip:g}" if clip else "no clipping",
-                f"{ranks} on {job.device.type}",
-            ]
-        ),
-        "batch": f"{recipe.batch.global_batch_size} samples a step, in packs of at most"
-        f" {recipe.batch.tokens_per_pack:,} tokens: about {micro} micro-step{'s' * (micro > 1)} x {ranks},"
-        f" {used:.0%} full, the costliest rank {waiting:.1%} above the mean",
-        "run": f"{recipe.train.steps} steps = {samples:,} samples = {samples / len(job.dataset):.1f} epochs"
-        f" into {recipe.run_dir}",
-    }
-    for key, value in rows.items():
-        log.info("%-10s  %s", key, value)
+def _expected(recipe: Recipe, dataset: Dataset, pipeline: Pipeline, dtype: torch.dtype) -> Expected:
+    """Return what encoded samples must be; DataError if the first of a source is of other encoders."""
+    operators = make_operators(recipe.data)
+    operators.check_fixed()
+    expected = Expected(pipeline.stamp(encoder_dtype(recipe, dtype)), pipeline.encoded_fault)
+    background = colour(recipe.data.background)
+    read = SampleReader(dataset, operators=operators, seed=recipe.seed, background=background, expected=expected)
+    check_first(dataset, read)
+    return expected
 
 
 def wanted_samples(data: DataConfig, columns: tuple[str, ...]) -> Wanted:
@@ -231,7 +246,8 @@ def open_data(data: DataConfig, wanted: Wanted) -> Dataset:
     if any(is_remote(entry) for shards in (data.shards, *(s.shards for s in sources.values())) for entry in shards):
         folder = Path(data.cache_dir).expanduser() if data.cache_dir else user_cache() / "shards"
         cache = Cache(folder, int(data.cache_gb * 1e9))
-    dataset = open_dataset(sources or data.shards, wanted, cache=cache, workers=os.cpu_count() or 1, progress=True)
+    workers = os.cpu_count() or 1
+    dataset = open_dataset(sources or data.shards, wanted, cache=cache, workers=workers, progress=True, encoded=True)
     if dataset.is_remote:
         size = sum(index.size for index in dataset.indexes)
         window = size * min(1.0, data.shuffle_window / len(dataset))  # on average
@@ -245,9 +261,9 @@ def open_data(data: DataConfig, wanted: Wanted) -> Dataset:
     return dataset
 
 
-def encoder_dtype(job: Job) -> torch.dtype:
-    """Return the dtype of VAE and text encoder."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": job.dtype}[job.recipe.model.encoder_dtype]
+def encoder_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of VAE and text encoder; `dtype` is that of the trained weights."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": dtype}[recipe.model.encoder_dtype]
 
 
 def make_objective(recipe: Recipe) -> Any:
@@ -257,7 +273,14 @@ def make_objective(recipe: Recipe) -> Any:
 
 
 def load_pipeline(
-    family: type[Pipeline], recipe: Recipe, *, device: torch.device, dtype: torch.dtype, load: tuple[str, ...]
+    family: type[Pipeline],
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: tuple[str, ...],
+    encoded: bool = False,
+    offload: bool = False,
 ) -> Pipeline:
     """Load the components in `load` of the recipe's model; none checks the folder only."""
     return family.from_pretrained(
@@ -269,4 +292,6 @@ def load_pipeline(
         gelu=recipe.model.gelu,
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
+        encoded=encoded,
+        offload=offload,
     )

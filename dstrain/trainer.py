@@ -13,9 +13,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dstrain.config import flat, to_dict
-from dstrain.data.loader import Loader, Pack, Sample
+from dstrain.data.loader import Loader, Pack
 from dstrain.data.media.resolution import colour
 from dstrain.data.policy import Bad, BadSamples, read_quarantine
+from dstrain.data.sample import Sample
 from dstrain.engine import checkpoint, distributed
 from dstrain.engine.distributed import World
 from dstrain.engine.ds_rules import stage
@@ -24,7 +25,7 @@ from dstrain.engine.export import export, open_base, open_checkpoint
 from dstrain.engine.lr import lr_factor
 from dstrain.engine.state import State
 from dstrain.errors import CheckpointError, DataError, TrainingHalted
-from dstrain.job import Job, encoder_dtype, load_pipeline, make_objective, make_operators
+from dstrain.job import Job, load_pipeline, make_objective, make_operators
 from dstrain.painting import paint
 from dstrain.pipelines.cache import EncodedCache
 from dstrain.rng import Purpose, words
@@ -51,8 +52,10 @@ class Trainer:
             type(job.pipeline),
             recipe,
             device=world.device,
-            dtype=encoder_dtype(job),
-            load=tuple(job.pipeline.loaders),
+            dtype=job.encoder_dtype,
+            load=job.frozen,
+            encoded=job.expected is not None,
+            offload=recipe.model.encoders == "offload",
         )
         self.objective = make_objective(recipe)
         data = recipe.data
@@ -73,6 +76,7 @@ class Trainer:
             workers=data.workers,
             replace=data.bad_samples == "skip",
             pin=world.device.type == "cuda",
+            expected=job.expected,
         )
         quarantine = Path(recipe.run_dir) / "bad_samples.jsonl"
         known = distributed.share(list(read_quarantine(quarantine).items()) if world.is_main else [])
@@ -239,8 +243,8 @@ class Trainer:
         )
 
     def _encode(self, samples: list[Sample]) -> dict[str, list[Any]]:
-        batch: dict[str, list[Any]] = {"prompt": [s.caption for s in samples], "draw": [s.draw for s in samples]}
-        batch |= {name: [s.columns[name] for s in samples] for name in self.job.dataset.wanted.columns}
+        columns, prompts, draws = zip(*((s.columns, s.caption, s.draw) for s in samples), strict=True)
+        batch = self.pipeline.batch(columns, list(prompts), list(draws))
         return self.cache.encode([s.row for s in samples], batch)
 
     def _start(self) -> tuple[Engine, int]:

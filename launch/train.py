@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         from dstrain.engine.ds_config import read_ds_config
 
         ds_config = read_ds_config(args.ds_config)
+        from dstrain.announce import announce
         from dstrain.engine import checkpoint, distributed
-        from dstrain.job import announce, prepare
+        from dstrain.job import prepare
         from dstrain.trainer import Trainer
 
         job = prepare(recipe, args.ds_config, ds_config, distributed.environment_world()[2])

@@ -35,11 +35,12 @@ def run(args: argparse.Namespace) -> None:
     from dstrain.data.media.resolution import Resolution
     from dstrain.data.selection import Wanted
     from dstrain.data.shards.catalog import find_local, renew_indexes
+    from dstrain.data.shards.names import ENCODED
     from dstrain.errors import DataError
     from dstrain.storage import write_json_lines
 
     indexes = renew_indexes(find_local(args.shards), workers=args.workers, progress=True)
-    columns = [name for name in ("image", "video") if any(name in index.stats for index in indexes)]
+    columns = [name for name in (ENCODED, "image", "video") if any(name in index.stats for index in indexes)]
     wanted = Wanted(Resolution(max_pixels=args.max_pixels), columns=tuple(columns[:1]) or ("image",))
     left_out = [entry for index in indexes for entry in (*index.excluded, *wanted.left_out(index))]
     for entry in left_out[:SHOWN]:

@@ -45,13 +45,14 @@ def run(args: argparse.Namespace) -> None:
     """Refuse what can be refused before the model is read, paint, and save."""
     import torch
 
+    from dstrain.commands.device import device_of, dtype_of
     from dstrain.commands.family import family_of
     from dstrain.pipelines.sampler import sample
 
     prompts = args.prompt or _read_prompts(args.prompts_file)
     _make_room(args.out, len(prompts))
-    device = _device(args.device)
-    dtype = _dtype(args.dtype, device)
+    device = device_of(args.device)
+    dtype = dtype_of(args.dtype, device)
     family = family_of(args.model)
     family(torch.device("cpu")).shape_of(args.height, args.width)
     pipeline = family.from_pretrained(args.model, dtype=dtype, device=device)
@@ -90,28 +91,6 @@ def _make_room(out: Path, count: int) -> None:
         raise ConfigError(f"--out {out} is one picture for {count} prompts; give a folder")
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # AssertionError: this PyTorch was built without CUDA
-        raise ConfigError(f"--device {name}: {str(e).splitlines()[0]}") from e
-    return device
-
-
-def _dtype(name: str, device: Any) -> Any:
-    import torch
-
-    from dstrain.engine.distributed import has_fast_bf16
-
-    bf16 = has_fast_bf16(device) if name == "auto" else name == "bf16"
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _save(images: Sequence[Any], prompts: Sequence[str], out: Path) -> None:

@@ -18,10 +18,8 @@ OPTIMIZER, BOTH = {"offload_optimizer": CPU}, {"offload_optimizer": CPU, "offloa
 SHARE = {"offload_optimizer": {**CPU, "ratio": 0.5}, "sub_group_size": 1_000_000}
 CASES = {  # bf16, zero_optimization, what else the JSON has, what trains
     "fp32, stage 0": (False, {"stage": 0}, {}, ""),
-    "fp32, stage 1": (False, {"stage": 1}, {}, ""),
     "fp32, stage 2, optimizer offloaded": (False, {"stage": 2, **OPTIMIZER}, {}, ""),
     "fp32, stage 3": (False, {"stage": 3}, {}, ""),
-    "fp32, stage 3, all offloaded": (False, {"stage": 3, **BOTH}, {}, ""),
     "stage 0": (True, {"stage": 0}, {}, ""),
     "stage 1": (True, {"stage": 1}, FP32_SUMS, ""),
     "stage 2": (True, {"stage": 2}, FP32_SUMS, ""),
@@ -33,7 +31,6 @@ CASES = {  # bf16, zero_optimization, what else the JSON has, what trains
     "stage 3, half offloaded": (True, {"stage": 3, **SHARE}, FP32_SUMS, ""),
     "stage 3, all offloaded": (True, {"stage": 3, **BOTH}, FP32_SUMS, ""),
     "stage 3, little trains": (True, {"stage": 3}, FP32_SUMS, "to_q"),
-    "stage 2, little trains": (True, {"stage": 2}, FP32_SUMS, "to_q"),
     "stage 3, little trains, all offloaded": (True, {"stage": 3, **BOTH}, FP32_SUMS, "to_q"),
 }
 STATES = ("weights", "gradients", "master weights", "optimizer", "buckets")
@@ -54,10 +51,12 @@ def predicted(
 
 
 @pytest.mark.dist
-def test_states_are_as_large_as_predicted(tmp_path):
-    ranks = run_ranks(2, "engine_estimate:states", tmp_path, CASES, timeout=280)
-    for measured in ranks:
-        for name, (bf16, zero, extra, trained) in CASES.items():
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", [0, 1])
+def test_states_are_as_large_as_predicted(tmp_path, part):
+    cases = dict(list(CASES.items())[part::2])
+    for measured in run_ranks(2, "engine_estimate:states", tmp_path, cases, timeout=580):
+        for name, (bf16, zero, extra, trained) in cases.items():
             e = predicted(engine_estimate.SMALL, bf16, zero, extra, trained)
             memory = e.memory
             states = sum(memory.device.get(part, 0.0) + memory.host.get(part, 0.0) for part in STATES)

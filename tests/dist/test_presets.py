@@ -61,3 +61,19 @@ def test_it_follows_plain_pytorch(tmp_path, path):
     if keys := gpu_only(load(path)):
         pytest.skip(f"{keys[0]} needs a GPU")
     held(tmp_path, path)
+
+
+@pytest.fixture(scope="module")
+def nvme_op():
+    """DeepSpeed's asynchronous file access: twelve C++ files, compiled once for an environment."""
+    done = subprocess.run([sys.executable, "-c", BUILD_NVME], cwd=ROOT, env=environment(), timeout=1500)
+    if done.returncode == 77:
+        pytest.skip("DeepSpeed's async_io does not compile here: install libaio's headers (Debian: libaio-dev)")
+    assert done.returncode == 0
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in PRESETS if "nvme" in p.stem], ids=lambda p: p.stem)
+def test_it_follows_plain_pytorch_with_states_in_files(tmp_path, path, nvme_op):
+    held(tmp_path, path)
