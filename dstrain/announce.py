@@ -21,8 +21,8 @@ def load_of_job(job: Job) -> tuple[Load, Choice]:
     tokens = job.dataset.tokens(np.array([row for _, row in pack])).tolist()
     # What of a sample is text is not known before it is read; both kinds of tokens cost the same.
     samples = [(max(1, n - 1), 1) for n in tokens]
-    encoders = 0 if not job.frozen else sum(job.pipeline.encoder_bytes(job.encoder_dtype).values())
-    return load_of(model, samples, encoder_bytes=encoders), Choice.of(job.recipe, micro_steps=job.plan.figures(0)[0])
+    load = load_of(model, samples, encoder_bytes=max(job.encoder_memory()))
+    return load, Choice.of(job.recipe, micro_steps=job.plan.figures(0)[0])
 
 
 def here(job: Job) -> Machine:

@@ -27,7 +27,8 @@ BLOCK = 64  # elements of a scale
 CHUNK = 1 << 20  # elements quantised at once, to bound the fp32 temporaries
 SCALE = "_scale"  # what the name of a weight's scales adds to the weight's
 PER_BYTE: dict[Storage, int] = {"int8": 1, "fp8": 1, "nf4": 2}  # elements
-ELEMENTS: dict[str, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+LARGEST: dict[Storage, float] = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}  # what a block's largest value becomes
+ELEMENTS: dict[Storage, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class StoredLinear(nn.Linear):
@@ -115,7 +116,7 @@ def stored_fill(fill: Fill, shapes: Mapping[str, torch.Size], storage: Storage) 
         pieces = [torch.empty(0, dtype=torch.bfloat16 if scales else torch.uint8)]  # a rank's slice can be empty
         for begin in range(start * size // BLOCK * BLOCK, last if start < stop else 0, CHUNK):
             values = fill(weight, whole, begin, min(begin + CHUNK, last))
-            piece = quantise(values, storage)[scales]
+            piece = block_scales(_blocks(values), storage) if scales else quantise(values, storage)[0]
             pieces.append(piece[max(0, start - begin // size) : stop - begin // size])
         return torch.cat(pieces)
 
@@ -128,19 +129,26 @@ def quantise(values: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
     Returns bytes uint8 [ceil(n / PER_BYTE)] and scales bf16 [ceil(n / 64)]. Values that are not finite do not become
     finite.
     """
-    n = len(values)
-    blocks = F.pad(values.float(), (0, -n % BLOCK)).view(-1, BLOCK)
-    largest = blocks.abs().amax(dim=1)
+    n, blocks = len(values), _blocks(values)
+    scales = block_scales(blocks, storage)
     if storage == "nf4":
         packed, _ = _bitsandbytes().quantize_4bit(blocks, blocksize=BLOCK, quant_type="nf4")
-        return packed.flatten()[: -(-n // 2)], largest.bfloat16()
-    dtype, limit = ELEMENTS[storage]
-    scales = (largest / limit).bfloat16()
+        return packed.flatten()[: -(-n // 2)], scales
     scaled = blocks / torch.where(scales == 0, 1.0, scales.float())[:, None]
-    scaled.clamp_(-limit, limit)
+    scaled.clamp_(-LARGEST[storage], LARGEST[storage])
     if storage == "int8":
         scaled.round_()
-    return scaled.to(dtype).view(torch.uint8).flatten()[:n], scales
+    return scaled.to(ELEMENTS[storage]).view(torch.uint8).flatten()[:n], scales
+
+
+def block_scales(blocks: Tensor, storage: Storage) -> Tensor:
+    """Return the scales [n] bf16 of blocks [n, 64]."""
+    return (blocks.abs().amax(dim=1) / LARGEST[storage]).bfloat16()
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """[n] -> [ceil(n / 64), 64] fp32, zeros at the end."""
+    return F.pad(values.float(), (0, -len(values) % BLOCK)).view(-1, BLOCK)
 
 
 def dequantise(packed: Tensor, scales: Tensor, storage: Storage, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -151,7 +159,7 @@ def dequantise(packed: Tensor, scales: Tensor, storage: Storage, shape: torch.Si
         flat = torch.Size([2 * len(packed)])
         state = library.QuantState(scales.float(), shape=flat, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
         return library.dequantize_4bit(packed, state).flatten()[:n].view(shape)
-    values = packed.view(ELEMENTS[storage][0]).to(dtype)
+    values = packed.view(ELEMENTS[storage]).to(dtype)
     scales = scales.to(dtype)
     full = n // BLOCK
     values[: full * BLOCK].view(-1, BLOCK).mul_(scales[:full, None])

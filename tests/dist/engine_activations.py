@@ -14,7 +14,11 @@ from dstrain.models.qwen_image import QwenImageDiT
 
 def build(keep: tuple[str, ...], frozen: tuple[str, ...], leaf: bool, zero: dict[str, Any]):
     """An engine whose model has noise everywhere, so that every branch has a gradient."""
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero}}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 3, **zero},
+    }
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = QwenImageDiT(PARAMS)
     noise = torch.Generator().manual_seed(0)
