@@ -30,7 +30,7 @@ import torch
 from data.machine import processor
 from torch import Tensor, nn
 
-from dstrain.models.storage import BLOCK, ELEMENTS, StoredLinear, dequantise, quantise
+from dstrain.models.storage import BLOCK, ELEMENTS, LARGEST, StoredLinear, dequantise, quantise
 from dstrain.models.weights import Weights
 
 FORMATS = ["int8", "fp8"] + ["nf4"] * bool(find_spec("bitsandbytes"))
@@ -74,10 +74,9 @@ def with_fp32_scales(weight: Tensor, packed: Tensor, kind: str) -> Tensor:
     largest = blocks.abs().amax(1)
     if kind == "nf4":
         return dequantise(packed, largest, kind, weight.shape, torch.float32)
-    dtype, limit = ELEMENTS[kind]
-    scaled = blocks / (largest / limit)[:, None]
-    scaled = scaled.round() if kind == "int8" else scaled
-    return (scaled.to(dtype).float() * (largest / limit)[:, None]).view_as(weight)
+    scales = (largest / LARGEST[kind])[:, None]
+    scaled = (blocks / scales).round() if kind == "int8" else blocks / scales
+    return (scaled.to(ELEMENTS[kind]).float() * scales).view_as(weight)
 
 
 def stored_layer(linear: nn.Linear, kind: str) -> StoredLinear:

@@ -1,27 +1,29 @@
 """Measure how a checkpoint gets into a ZeRO-3 engine: bytes, memory and time on two ranks, against usual ways.
 
-    python benchmarks/weight_loading.py                  # some minutes on two quiet cores, 2 GB of disk, 8 GB of memory
+    python benchmarks/weight_loading.py             # some minutes on two quiet cores; 2 GB of disk, 8 GB of memory
 
 The checkpoint has the shapes of Qwen-Image at its published width, with 3 of its 60 blocks: 2.1 GB of random bf16 in
-five files, written to a temporary folder. Ways to load it:
+several files, written to a temporary folder (TMPDIR says where; it should be a disk). Ways to load it:
 
-    dstrain           `fill_partitioned` and `Engine`, as training does it: a rank reads its own slices only
-    from_pretrained   diffusers' `from_pretrained` on every rank, then `deepspeed.initialize` partitions
-    zero_init         diffusers' `from_pretrained` inside `deepspeed.zero.Init`
-    rank0             diffusers' `from_config` inside `deepspeed.zero.Init`; then rank 0 reads tensor after tensor, and
-                      `GatheredParameters` sends them to the others
+    dstrain            `fill_partitioned` and `Engine`, as training does it: a rank reads its own slices only
+    from_pretrained    diffusers' `from_pretrained` on every rank; then `deepspeed.initialize` partitions
+    rank0              diffusers' `from_config` inside `deepspeed.zero.Init`; then rank 0 reads tensor after tensor, and
+                       `GatheredParameters` sends them to the others
+    zero_init          `from_pretrained` inside `deepspeed.zero.Init`
+    zero_init_whole    the same with low_cpu_mem_usage=False
+    zero_init_ignore   the same with ignore_mismatched_sizes=True besides, as the error of the way before asks for
 
-All end as a DeepSpeed engine of stage 3 with the same JSON; all but `dstrain` also set leaf modules nowhere, which costs
-nothing here. Only the output layer trains, as with LoRA, so that the optimizer's memory, the same for all, does not hide
-what loading takes. The ways take turns, each time in fresh processes under the `deepspeed` launcher; the page cache
-holds the files. Afterwards every rank compares its partition with the files.
+All end as a DeepSpeed engine of stage 3 with the same JSON. Only the output layer trains, as if with LoRA, so that the
+optimizer's memory, the same for all, does not hide what loading takes. The ways take turns, each time in fresh
+processes under the `deepspeed` launcher; the page cache holds the files. Afterwards every rank compares its partition
+with the files; a way that fails, or loads other values, is not tried again, and its figures are left out.
 
 Of each way, for the module alone (`loaded`) and with DeepSpeed's engine (`engine`), the worse rank's:
 
     seconds      from a barrier, libraries imported
-    read         bytes that went through read(2), of the files' bytes (rchar of /proc/self/io)
-    mapped       bytes of the files mapped into memory, of the files' bytes; they are read when they are touched
-    peak         growth of resident memory at its peak, of a partition's bytes (VmHWM)
+    read         bytes that went through read(2), over the files' bytes (rchar of /proc/self/io)
+    mapped       bytes of the files that were mapped into memory, over the files' bytes; read when they are touched
+    peak         growth of resident memory at its peak, over a partition's bytes (VmHWM)
     anonymous    the same without pages of mapped files, which the kernel can take back; sampled every 5 ms
 """
 
@@ -35,6 +37,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,32 +50,24 @@ from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 from dstrain.models.weights import Weights, WeightsWriter
 
 ROOT = Path(__file__).parents[1]
-WORLD = 2
+WORLD, FILES = 2, 5
 TRAINED = "proj_out."
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def params_of(layers: int, heads: int) -> QwenImageParams:
-    return QwenImageParams(num_layers=layers, num_attention_heads=heads)
-
-
-def write_checkpoint(folder: Path, layers: int, heads: int, files: int) -> int:
+def write_checkpoint(folder: Path, layers: int, heads: int) -> int:
     """Write random weights as diffusers has them, a tensor at a time; return the bytes of the files."""
-    params = params_of(layers, heads)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in QwenImageDiT(params).named_parameters()}
+        model = QwenImageDiT(QwenImageParams(num_layers=layers, num_attention_heads=heads))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     size = 2 * sum(shape.numel() for shape in shapes.values())
-    writer = WeightsWriter(folder, shapes, torch.bfloat16, max_bytes=-(-size // files))
+    writer = WeightsWriter(folder, shapes, torch.bfloat16, max_bytes=-(-size // FILES))
     generator = torch.Generator().manual_seed(0)
     for name, shape in shapes.items():
         writer.write(name, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator))
     writer.close()
     config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": layers, "num_attention_heads": heads}
     (folder / "config.json").write_text(json.dumps(config))
-    return file_bytes(folder)
-
-
-def file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -79,8 +75,6 @@ Stages = Iterator[Any]  # the module, then DeepSpeed's engine
 
 
 def with_dstrain(folder: Path, config: dict[str, Any]) -> Stages:
-    from deepspeed.utils import set_z3_leaf_modules
-
     from dstrain.engine.engine import Engine, fill_partitioned
 
     settings = json.loads((folder / "config.json").read_text())
@@ -94,8 +88,8 @@ def with_dstrain(folder: Path, config: dict[str, Any]) -> Stages:
         return weights.read(name, start, stop)
 
     fill_partitioned(module, fill, config, torch.bfloat16)
-    set_z3_leaf_modules(module, [module.block_class])
     yield module
+    one_gather_a_block(module)
     yield Engine(module, config).ds
 
 
@@ -107,12 +101,12 @@ def with_from_pretrained(folder: Path, config: dict[str, Any]) -> Stages:
     yield initialize(module, config)
 
 
-def with_zero_init(folder: Path, config: dict[str, Any]) -> Stages:
+def with_zero_init(folder: Path, config: dict[str, Any], **options: bool) -> Stages:
     import deepspeed
     from diffusers import QwenImageTransformer2DModel
 
     with deepspeed.zero.Init(config_dict_or_path=config):
-        module = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        module = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, **options)
     yield only_output_trains(module)
     yield initialize(module, config)
 
@@ -125,21 +119,27 @@ def with_rank0(folder: Path, config: dict[str, Any]) -> Stages:
     settings = QwenImageTransformer2DModel.load_config(folder)
     with deepspeed.zero.Init(config_dict_or_path=config):
         module = QwenImageTransformer2DModel.from_config(settings)
-    files = json.loads(next(folder.glob("*.index.json")).read_text())["weight_map"]
-    for name, p in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
-                with safe_open(folder / files[name], "pt") as file:
-                    p.data.copy_(file.get_tensor(name))
-    yield only_output_trains(module)
+    with ExitStack() as stack:
+        tensors = dict[str, Any]()
+        if torch.distributed.get_rank() == 0:
+            for path in folder.glob("*.safetensors"):
+                file = stack.enter_context(safe_open(path, "pt"))
+                tensors |= dict.fromkeys(file.keys(), file)
+        for name, p in module.named_parameters():
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                if tensors:
+                    p.data.copy_(tensors[name].get_tensor(name))
+        yield only_output_trains(module)
     yield initialize(module, config)
 
 
 WAYS: Mapping[str, Callable[[Path, dict[str, Any]], Stages]] = {
     "dstrain": with_dstrain,
     "from_pretrained": with_from_pretrained,
-    "zero_init": with_zero_init,
     "rank0": with_rank0,
+    "zero_init": with_zero_init,
+    "zero_init_whole": partial(with_zero_init, low_cpu_mem_usage=False),
+    "zero_init_ignore": partial(with_zero_init, low_cpu_mem_usage=False, ignore_mismatched_sizes=True),
 }
 
 
@@ -149,9 +149,16 @@ def only_output_trains(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def one_gather_a_block(module: Any) -> None:
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(module, [type(module.transformer_blocks[0])])
+
+
 def initialize(module: torch.nn.Module, config: dict[str, Any]) -> Any:
     import deepspeed
 
+    one_gather_a_block(module)
     trained = [p for p in module.parameters() if p.requires_grad]
     return deepspeed.initialize(model=module, model_parameters=trained, config=config)[0]
 
@@ -163,6 +170,7 @@ class Watch:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         self._resident, self._read = status("VmRSS"), bytes_read()
         self._anonymous = self._peak = anonymous()
+        self._mapped = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -176,8 +184,8 @@ class Watch:
         """Return bytes, and seconds, up to now."""
         seconds = time.perf_counter() - self._start
         found = {"read": bytes_read() - self._read, "peak": status("VmHWM") - self._resident}
-        self._peak = max(self._peak, anonymous())
-        return found | {"seconds": seconds, "mapped": mapped(folder), "anonymous": self._peak - self._anonymous}
+        self._peak, self._mapped = max(self._peak, anonymous()), max(self._mapped, mapped(folder))
+        return found | {"seconds": seconds, "mapped": self._mapped, "anonymous": self._peak - self._anonymous}
 
     def close(self) -> None:
         self._done.set()
@@ -213,26 +221,25 @@ def mapped(folder: Path) -> int:
     return total
 
 
-def wrong_elements(module: torch.nn.Module, folder: Path, rank: int) -> int:
+def wrong_elements(module: Any, folder: Path, rank: int) -> int:
     """Count the elements of this rank's partition that are not the files'."""
     weights, wrong = Weights(folder), 0
     for name, p in module.named_parameters():
         shard = p.ds_tensor
+        if p.ds_shape != weights.entries[name].shape:
+            wrong += shard.numel()
+            continue
         mine = weights.read(name, rank * shard.numel(), (rank + 1) * shard.numel())
         wrong += int((shard.data[: len(mine)] != mine).sum())
-    return wrong + sum(shape != p.ds_shape for shape, p in zip(_shapes(weights, module), module.parameters()))
-
-
-def _shapes(weights: Weights, module: torch.nn.Module) -> list[torch.Size]:
-    return [weights.entries[name].shape for name, _ in module.named_parameters()]
+    return wrong
 
 
 def work(args: argparse.Namespace) -> None:
     """Load in one way on this rank; the first one writes what all have found."""
     from importlib.metadata import version
 
-    import diffusers
     from diffusers import QwenImageTransformer2DModel  # noqa: F401, its import is not what is measured
+    from diffusers.utils.logging import disable_progress_bar
     from train_step import machine
 
     from dstrain.config import Recipe, build
@@ -240,7 +247,7 @@ def work(args: argparse.Namespace) -> None:
     from dstrain.engine.ds_config import complete
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    diffusers.logging.disable_progress_bar()
+    disable_progress_bar()
     recipe = build(
         Recipe,
         {
@@ -264,10 +271,13 @@ def work(args: argparse.Namespace) -> None:
         engine = next(stages)
         found["engine"] = watch.figures(args.folder)
         watch.close()
-        found["wrong"] = wrong_elements(engine.module, args.folder, world.rank)
+        wrong = wrong_elements(engine.module, args.folder, world.rank)
         assert engine.module is module
+        if wrong:
+            held = sum(p.ds_tensor.numel() for p in module.parameters())
+            error = f"no error, but {wrong:,} of this rank's {held:,} values are not the files'"
     except Exception as e:  # of diffusers or DeepSpeed, which is then the result
-        error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        error = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     every = distributed.share([found | {"error": error}])
     if world.is_main:
         versions = {"diffusers": version("diffusers"), "safetensors": version("safetensors")}
@@ -281,19 +291,22 @@ def summary(rounds: Sequence[Sequence[dict[str, Any]]], file_size: int, world: i
 
     Bytes read and mapped are given of the files' bytes, memory of a rank's share of them.
     """
-    errors = [rank["error"] for ranks in rounds for rank in ranks if rank["error"]]
-    if errors:
-        return {"error": errors[0]}
-    wrong = sum(rank["wrong"] for ranks in rounds for rank in ranks)
-    units = {"seconds": 1, "read": file_size, "mapped": file_size}
+    if error := failure(rounds):
+        return {"error": error}
+    units: dict[str, float] = {"seconds": 1, "read": file_size, "mapped": file_size}
     units |= dict.fromkeys(("peak", "anonymous"), file_size / world)
-    result: dict[str, Any] = {"wrong_elements": wrong}
-    for stage in ("loaded", "engine"):
-        result[stage] = {
+    return {
+        stage: {
             key: spread([max(rank[stage][key] for rank in ranks) / unit for ranks in rounds])
             for key, unit in units.items()
         }
-    return result
+        for stage in ("loaded", "engine")
+    }
+
+
+def failure(rounds: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Return the first error of any rank, "" if there is none."""
+    return next((rank["error"] for ranks in rounds for rank in ranks if rank["error"]), "")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -309,7 +322,7 @@ def against(rounds: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> dict[st
     return {
         way: spread([seconds(theirs) / seconds(ours) for theirs, ours in zip(found, rounds["dstrain"], strict=True)])
         for way, found in rounds.items()
-        if way != "dstrain" and not any(rank["error"] for ranks in found for rank in ranks)
+        if way != "dstrain" and not failure(found)
     }
 
 
@@ -321,9 +334,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=at_least(1), default=3, help="of all ways in turn (default: %(default)s)")
     add("--layers", type=at_least(1), default=3, help="blocks, 0.68 GB each at full width (default: %(default)s)")
     add("--heads", type=at_least(1), default=24, help="of 128 channels (default: %(default)s, as published)")
-    add("--files", type=at_least(2), default=5, help="about how many (default: %(default)s)")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
-    add("--tmp", type=Path, help="where the temporary folder is made; on a disk, not in memory")
     add("--out", type=Path, default=ROOT / "benchmarks/results/weight_loading.json", help="default: %(default)s")
     add("--way", choices=WAYS, help=argparse.SUPPRESS)  # on the ranks
     add("--folder", type=Path, help=argparse.SUPPRESS)
@@ -337,12 +348,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         work(args)
     load = os.getloadavg()[0]
     rounds: dict[str, list[Any]] = {way: [] for way in args.ways}
-    with tempfile.TemporaryDirectory(dir=args.tmp) as tmp:
+    with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp, "checkpoint")
         folder.mkdir()
-        size = write_checkpoint(folder, args.layers, args.heads, args.files)
+        size = write_checkpoint(folder, args.layers, args.heads)
         for _ in range(args.rounds):
             for way, found in rounds.items():
+                if failure(found):
+                    continue
                 for path in folder.glob("*.safetensors"):
                     read_through(path)
                 out = Path(tmp, "figures.json")

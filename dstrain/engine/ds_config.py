@@ -123,6 +123,8 @@ def complete(
         # DeepSpeed would add the gradients of micro-steps up in bf16, losing the small ones of a large batch.
         done["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     done["optimizer"] = optimizer_section(recipe.optimizer, offloaded=offload(config, "optimizer") != "none")
+    if recipe.lora.base != "bf16":
+        _check_stored(config, recipe.lora.base, path)
     if recipe.optimizer.name == "muon":
         _check_muon(config, path)
         done["gradient_clipping"] = 0.0
@@ -168,6 +170,16 @@ def _check_batch(config: Mapping[str, Any], recipe: Recipe, world_size: int, pat
             f" {world_size} ranks contradicts the recipe's batch.global_batch_size {want}; micro-batches are packed by"
             ' batch.tokens_per_pack, so remove them or write "auto"'
         )
+
+
+def _check_stored(config: Mapping[str, Any], base: str, path: Path) -> None:
+    """Refuse what takes the bytes of packed weights for numbers."""
+    zero = config.get("zero_optimization", {})
+    keys = ("stage3_use_all_reduce_for_fetch_params", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
+    wrong = [f"{key} = true" for key in keys if zero.get(key)]
+    wrong += ["offload_param.device = 'nvme'"] if offload(config, "param") == "nvme" else []
+    if wrong:
+        raise ConfigError(f"{path}: zero_optimization.{wrong[0]} does not go with lora.base {base}; remove one of them")
 
 
 def _check_muon(config: Mapping[str, Any], path: Path) -> None:

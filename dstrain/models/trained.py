@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstrain.config import LoraConfig
 from dstrain.errors import ConfigError, did_you_mean
@@ -28,7 +28,9 @@ def choose_trained(model: DiT, patterns: Sequence[str], lora: LoraConfig) -> Non
         if lora.base != "bf16":
             from dstrain.models.storage import store_linears
 
-            store_linears(model, layers, lora.base)
+            blocks = [(path, m) for path, m in model.named_modules() if isinstance(m, model.block_class)]
+            linears = [f"{path}.{n}" for path, b in blocks for n, m in b.named_modules() if type(m) is nn.Linear]
+            store_linears(model, linears, lora.base)
         add_adapters(model, lora, layers)
         return
     names = [name for name, _ in model.named_parameters()]

@@ -22,6 +22,7 @@ def settings(bf16: bool, zero: dict[str, Any], extra: dict[str, Any], ranks: int
         "stage3_prefetch_bucket_size": 1000,
         "stage3_max_live_parameters": 1000,
         "stage3_param_persistence_threshold": 100,
+        "sub_group_size": 10**9,
     }
     adam = {"lr": 1e-4} if "offload_optimizer" in zero else {"lr": 1e-4, "torch_adam": True, "fused": True}
     return {

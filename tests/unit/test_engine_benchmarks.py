@@ -110,6 +110,7 @@ def row(ours, bare, losses=(1.0, 1.0)):
     return {
         "trainer": {"wall_s": ours, "cpu_s": 2 * ours, "optimizer_s": ours / 4, **parts},
         "bare": {"wall_s": bare, "cpu_s": 2 * bare, "optimizer_s": bare / 8},
+        "without_engine": {"wall_s": 0.0625, "cpu_s": 0.05},
         "losses": list(losses),
         "micro_steps": 2,
         "tokens": 100,
@@ -129,12 +130,15 @@ def test_overhead_is_of_the_slower_rank_and_of_all_processors(overhead):
     assert found["overhead_cpu"]["median"] == pytest.approx(0.05)  # of 2.1 / 2, 3 / 3 and 2.2 / 2
     assert found["step_s"]["trainer"] == pytest.approx({"median": 1.2, "low": 1.15, "high": 1.6})
     assert found["cpu_s"]["bare"]["median"] == pytest.approx(4.0)
+    assert found["step_s"]["without_engine"]["median"] == 0.0625
+    assert found["cpu_s"]["without_engine"]["median"] == pytest.approx(0.1)
     assert found["added_s"]["median"] == pytest.approx(0.1)
     assert found["trainer_parts_s"]["optimizer_s"] == pytest.approx(1.1 / 4)
     assert found["bare_parts_s"] == {"optimizer_s": pytest.approx(1 / 8)}
     assert (found["micro_steps"], found["tokens"], found["parameters"]) == (2, 100, 7)
     assert "ranks" not in found
-    assert "+10.0%" in overhead.describe("zero2", found)
+    text = overhead.describe("zero2", found)
+    assert "+10.0% of wall time" in text and "+5.0% of processor time, of which 2.5% outside" in text
 
 
 def test_the_spread_of_an_overhead(overhead):
@@ -254,7 +258,7 @@ def test_what_a_process_reads_maps_and_holds_is_counted(loading, tmp_path):
         del content
         read = watch.figures(tmp_path)
         assert size <= read["read"] < 1.05 * size
-        assert size <= read["peak"] < 1.5 * size  # though it is gone
+        assert 0.9 * size < read["peak"] < 1.5 * size  # though it is gone
         with (tmp_path / "a.safetensors").open("rb") as file:
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             assert watch.figures(tmp_path)["mapped"] == size
@@ -267,7 +271,7 @@ def test_what_a_process_reads_maps_and_holds_is_counted(loading, tmp_path):
         last = watch.figures(tmp_path)
         assert last["mapped"] == size  # at its most
         assert after["read"] < 1.05 * size  # a mapping is not read
-        assert last["anonymous"] >= held.nbytes
+        assert last["anonymous"] > 0.9 * held.nbytes
         assert last["seconds"] >= after["seconds"] >= 0
     finally:
         watch.close()

@@ -121,8 +121,9 @@ def _buffers(plan: Plan, load: Load, activations: float) -> dict[str, float]:
         if plan.stage == 1:  # whole gradients until the step
             passing = plan.accumulator * t * (1 - 1 / plan.ranks)
     else:
-        buckets = min(5e8, t) * (plan.accumulator if plan.stage else word) if plan.ranks > 1 else 0.0
-        passing = word * t if plan.stage == 1 and plan.accumulator == word else 0.0
+        passing = min(5e8, t) * (plan.accumulator if plan.stage else word) if plan.ranks > 1 else 0.0
+        passing += word * t if plan.stage == 1 and plan.accumulator == word else 0.0
+        buckets = 0.0
     # The optimizer's step comes when activations and gathered blocks are gone.
     step = max(0.0, _step(plan, load) - activations - gathered)
     return {"gathered blocks": gathered, "buckets": buckets, "passing gradients": passing, "fp32 at step()": step}
