@@ -7,7 +7,7 @@ import torch
 
 from dstrain.engine.ds_rules import offload, stage
 from dstrain.engine.estimate import Choice, Estimate, Load, Machine, estimate, load_of
-from dstrain.job import Job
+from dstrain.job import Job, count
 
 GIB = 2**30
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ def here(job: Job) -> Machine:
 def announce(job: Job) -> None:
     """Log every derived number of the run."""
     recipe, config = job.recipe, job.ds_config
-    count, trained = (sum(s.numel() for s in shapes.values()) for shapes in (job.shapes, job.trained))
     figures = [job.plan.figures(step) for step in range(min(3, recipe.train.steps))]
     micro = max(micros for micros, _, _ in figures)
     used, waiting = (sum(figure[i] for figure in figures) / len(figures) for i in (1, 2))
@@ -49,7 +48,7 @@ def announce(job: Job) -> None:
     rows = {
         "data": job.dataset.summary(),
         "model": f"{recipe.model.family} from {job.components['transformer']} ({recipe.model.init} weights)",
-        "parameters": f"{count:,}, {trained:,} trained{adapters}",
+        "parameters": f"{count(job.shapes):,}, {count(job.trained):,} trained{adapters}",
         "encoders": _encoders(job),
         "engine": ", ".join(
             [

@@ -183,6 +183,11 @@ def shape_transformer(pipeline: Pipeline, recipe: Recipe) -> DiT:
     return model
 
 
+def count(shapes: Mapping[str, torch.Size]) -> int:
+    """Return the elements of all tensors."""
+    return sum(shape.numel() for shape in shapes.values())
+
+
 def block_size(model: DiT) -> int:
     """Return the parameters of one block."""
     return max(sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, model.block_class))

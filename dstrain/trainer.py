@@ -25,7 +25,7 @@ from dstrain.engine.export import export, open_base, open_checkpoint
 from dstrain.engine.lr import lr_factor
 from dstrain.engine.state import State
 from dstrain.errors import CheckpointError, DataError, TrainingHalted
-from dstrain.job import Job, load_pipeline, make_objective, make_operators
+from dstrain.job import Job, count, load_pipeline, make_objective, make_operators
 from dstrain.painting import paint
 from dstrain.pipelines.cache import EncodedCache
 from dstrain.rng import Purpose, words
@@ -66,6 +66,8 @@ class Trainer:
         ]
         self.cache = EncodedCache(self.pipeline, data.encoded_cache_mb << 20, varying)
         self.throughput = Throughput.of(world.device, world.size)
+        # Of a forward's arithmetic, a backward takes as much for the inputs, and once more for weights that train.
+        self.passes = 2 + min(1.0, count(job.trained) / count(job.shapes))
         self.loader = Loader(
             job.dataset,
             job.plan,
@@ -90,6 +92,7 @@ class Trainer:
             "shuffle_window": data.shuffle_window,
             "trained": job.trained_digest,
             "optimizer": recipe.optimizer.name,
+            "lora": {key: value for key, value in to_dict(recipe)["lora"].items() if key not in ("path", "dropout")},
         }
         distributed.check_agreement({**self.facts, **flat(to_dict(recipe))})
         self.saved = self._checkpoint(resume)  # the checkpoint that holds the newest state on disk
@@ -185,7 +188,7 @@ class Trainer:
             per_sample = losses.per_sample.detach().double().cpu()
             sums[0] += per_sample.sum() / total
             sums[1] += encoded.layout.tokens
-            sums[2] += 3 * self.engine.module.forward_flops(encoded.layout)
+            sums[2] += self.passes * self.engine.module.forward_flops(encoded.layout)
             sums[4:] += sigma_bins(per_sample, losses.sigmas.cpu()).flatten()
         self._count(bad)
         sums[3] = self._stop

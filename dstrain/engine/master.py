@@ -202,6 +202,8 @@ class Master:
                         values = saved.read(kind, f.name, f.start, f.start + f.size)
                         if kind == "weight":
                             f.of(group.flat).copy_(values)
+                            if self.average and not saved.has("ema", f.name):  # it begins here
+                                self.average[f.name].copy_(values)
                         elif kind == "ema":
                             self.average[f.name].copy_(values)
                         else:

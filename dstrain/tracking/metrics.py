@@ -93,7 +93,7 @@ class Throughput:
     def __call__(self, step_s: float, samples: int, tokens: int, train_flops: float) -> dict[str, float]:
         """Return samples_per_s and tokens_per_s of all ranks, tflops a device, and mfu where the peak is known.
 
-        `train_flops` is the model's arithmetic, three times a forward, without what checkpointing recomputes: MFU
+        `train_flops` is the model's arithmetic, without what checkpointing recomputes: MFU
         (model FLOPs utilisation) as the PaLM paper (arXiv 2204.02311) defines it.
         """
         achieved = train_flops / step_s / self.world_size

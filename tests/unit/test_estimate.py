@@ -235,16 +235,15 @@ def fake_forward(layers, policy):
 
 
 def test_what_a_block_keeps_is_what_is_counted():
-    assert fake_forward(4, ("none",)) - fake_forward(3, ("none",)) == pytest.approx(BLOCK, rel=0.005)
-    assert fake_forward(4, ("full",)) - fake_forward(3, ("full",)) == pytest.approx(INPUTS, rel=0.005)
-    assert fake_forward(3, ("full",)) - 3 * INPUTS == pytest.approx(ENDS, rel=0.05)
+    assert fake_forward(3, ("none",)) - fake_forward(2, ("none",)) == pytest.approx(BLOCK, rel=0.005)
+    assert fake_forward(2, ("full",)) - 2 * INPUTS == pytest.approx(ENDS, rel=0.05)
 
 
-@pytest.mark.parametrize("policy", [("none",), ("attention",), ("full",), ("full", "none", "attention")])
+@pytest.mark.parametrize("policy", [("none",), ("attention",), ("full", "none")])
 def test_the_peak_of_activations(policy):
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    layers = 4
+    layers = 2
     layout = PackLayout.build([[(1, 16, 16)]], [64])
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(torch.bfloat16)
@@ -312,7 +311,8 @@ def test_lora_on_a_base_in_fewer_bits(base, size):
         assert load.stored_elements > 0.5 * whole
     e = run({"stage": 3}, ranks=8, load=load)
     kept = sum(p.numel() if p.dtype is torch.uint8 else 2 * p.numel() for p in model.parameters())
-    assert e.memory.device["weights"] == pytest.approx(kept / 8, rel=0.01)
+    assert load.persistent > 0.2 * load.trained  # matrices below 100,000 elements, which ZeRO-3 leaves whole
+    assert e.memory.device["weights"] == pytest.approx((kept - 2 * load.persistent) / 8 + 2 * load.persistent)
     assert sum(e.memory.device[p] for p in STATES[1:]) == pytest.approx(16 * load.trained / 8)
     assert 2 < load.train_flops / load.flops < 2.4
 

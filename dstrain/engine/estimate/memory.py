@@ -6,15 +6,16 @@ are counted once, by their largest.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from dstrain.engine.estimate.load import Load
 from dstrain.engine.estimate.machine import Machine
 from dstrain.engine.estimate.plan import Plan
 
 # Bytes for a token and unit of width in bf16, counted over the Qwen-Image block: kept for the backward without
-# checkpointing, with its inputs alone, with the attention's result besides; lost to temporaries while a backward runs;
+# checkpointing, with its inputs alone, with the attention's result besides; taken by what is passing in a backward;
 # kept by what comes before and behind the blocks.
-BLOCK, INPUTS, ATTENTION, BACKWARD, ENDS = 66.1, 2.0, 4.03, 10.0, 8.0
+BLOCK, INPUTS, ATTENTION, BACKWARD, ENDS = 66.1, 2.0, 4.03, 12.0, 8.0
 KEEPS = {"none": BLOCK, "attention": ATTENTION, "full": INPUTS, "offload": 0.0}
 
 STATES = ("weights", "gradients", "master weights", "optimizer", "EMA")  # there from step to step, in this order
@@ -103,9 +104,10 @@ def _activations(plan: Plan, load: Load) -> tuple[float, float]:
     policies = [plan.choice.activations[i % len(plan.choice.activations)] for i in range(load.depth)]
     policies[-1] = "full" if policies[-1] == "offload" else policies[-1]
     away = policies.count("offload")
-    kept = sum(KEEPS[policy] for policy in policies) + INPUTS * min(2, away)
-    recomputed = BLOCK if any(policy != "none" for policy in policies) else 0.0
-    return unit * (kept + recomputed + BACKWARD + ENDS), unit * INPUTS * away
+    kept = list(accumulate(KEEPS[policy] for policy in policies))  # when the backward of block i begins
+    live = [k + (0.0 if policy == "none" else BLOCK) for k, policy in zip(kept, policies)]
+    peak = max(kept[-1] + ENDS, max(live) + BACKWARD) + INPUTS * min(2, away)
+    return unit * peak, unit * INPUTS * away
 
 
 def _buffers(plan: Plan, load: Load, activations: float) -> dict[str, float]:
