@@ -21,6 +21,7 @@ with the files; a way that fails, or loads other values, is not tried again, and
 Of each way, for the module alone (`loaded`) and with DeepSpeed's engine (`engine`), the worse rank's:
 
     seconds      from a barrier, libraries imported
+    cpu_seconds  of processor, with waiting for the other rank where that keeps a core busy
     read         bytes that went through read(2), over the files' bytes (rchar of /proc/self/io)
     mapped       bytes of the files that were mapped into memory, over the files' bytes; read when they are touched
     peak         growth of resident memory at its peak, over a partition's bytes (VmHWM)
@@ -174,7 +175,7 @@ class Watch:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-        self._start = time.perf_counter()
+        self._start, self._cpu = time.perf_counter(), time.process_time()
 
     def _sample(self) -> None:
         while not self._done.wait(0.005):
@@ -182,10 +183,15 @@ class Watch:
 
     def figures(self, folder: Path) -> dict[str, float]:
         """Return bytes, and seconds, up to now."""
-        seconds = time.perf_counter() - self._start
-        found = {"read": bytes_read() - self._read, "peak": status("VmHWM") - self._resident}
+        seconds, cpu = time.perf_counter() - self._start, time.process_time() - self._cpu
+        found = {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "read": bytes_read() - self._read,
+            "peak": status("VmHWM") - self._resident,
+        }
         self._peak, self._mapped = max(self._peak, anonymous()), max(self._mapped, mapped(folder))
-        return found | {"seconds": seconds, "mapped": self._mapped, "anonymous": self._peak - self._anonymous}
+        return found | {"mapped": self._mapped, "anonymous": self._peak - self._anonymous}
 
     def close(self) -> None:
         self._done.set()
@@ -293,7 +299,7 @@ def summary(rounds: Sequence[Sequence[dict[str, Any]]], file_size: int, world: i
     """
     if error := failure(rounds):
         return {"error": error}
-    units: dict[str, float] = {"seconds": 1, "read": file_size, "mapped": file_size}
+    units: dict[str, float] = {"seconds": 1, "cpu_seconds": 1, "read": file_size, "mapped": file_size}
     units |= dict.fromkeys(("peak", "anonymous"), file_size / world)
     return {
         stage: {
@@ -397,7 +403,8 @@ def describe(way: str, found: dict[str, Any]) -> str:
         return f"{way}: {found['error']}"
     of = {stage: {key: value["median"] for key, value in found[stage].items()} for stage in ("loaded", "engine")}
     return f"{way}: " + "; ".join(
-        f"{stage} {f['seconds']:.2f} s, read {f['read']:.3f} and mapped {f['mapped']:.2f} of the files,"
+        f"{stage} {f['seconds']:.2f} s, of processor {f['cpu_seconds']:.2f} s, read {f['read']:.3f} and mapped"
+        f" {f['mapped']:.2f} of the files,"
         f" peak {f['peak']:.2f} and anonymous {f['anonymous']:.2f} partitions"
         for stage, f in of.items()
     )

@@ -74,15 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables, and write what is asked for."""
-    from dstrain.engine.ds_config import read_ds_config
     from dstrain.engine.estimate import advise, estimate, table
     from dstrain.engine.estimate.advice import Candidate, counts, scaled
 
     machine = _machine(args)
     name, load, choice = _load(args, machine)
-    config = read_ds_config(args.ds_config) if args.ds_config else None
+    config = _ds_config(args.ds_config, machine) if args.ds_config else None
     advice = advise(load, machine, choice, config)
-    given = Candidate(args.ds_config.stem, estimate(config, load, machine, choice)) if config is not None else None
+    given = (
+        Candidate(f"{args.ds_config.stem} (given)", estimate(config, load, machine, choice))
+        if config is not None
+        else None
+    )
     detail = given or advice.best or min(advice.candidates, key=lambda c: c.estimate.device)
     sizes = {m.ranks: m for m in (scaled(machine, count) for count in counts(machine)) if m.ranks <= 1024}
     sizes[machine.ranks] = machine
@@ -147,6 +150,20 @@ def _machine(args: argparse.Namespace) -> "Machine":
         peak=args.peak_tflops * 1e12,
         efficiency=args.efficiency,
     )
+
+
+def _ds_config(path: Path, machine: "Machine") -> dict[str, Any]:
+    """Read a ds_config; a folder on an NVMe drive need not be on this machine."""
+    from dstrain.engine.ds_config import faults, load
+    from dstrain.engine.ds_rules import offload
+
+    config = load(path)
+    for fault in faults(config):
+        if ".nvme_path" not in fault:
+            raise ConfigError(f"{path}: {fault}")
+    if not machine.nvme and "nvme" in (offload(config, "optimizer"), offload(config, "param")):
+        raise ConfigError(f"{path} offloads to an NVMe drive; say how fast it is with --nvme_gbs")
+    return config
 
 
 def _load(args: argparse.Namespace, machine: "Machine") -> tuple[str, "Load", "Choice"]:

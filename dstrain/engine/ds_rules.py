@@ -40,14 +40,13 @@ def contradictions(config: Mapping[str, Any]) -> Iterator[str]:
         if offload(config, what) == "nvme":
             yield from _nvme(f"zero_optimization.offload_{what}.nvme_path", zero[f"offload_{what}"].get("nvme_path"))
     yield from _optimizer_offload(config)
-    yield from _zenflow(config)
+    yield from _refused(config)
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(key) and level != 3:
             yield f"zero_optimization.{key} needs stage 3, not {level}"
     if (size := zero.get("zero_hpz_partition_size", 1)) > 1 and level != 3:
         yield f"zero_optimization.zero_hpz_partition_size = {size} needs stage 3, not {level}"
     yield from _bf16(config)
-    yield from _compile(config)
 
 
 def _nvme(key: str, folder: str | None) -> Iterator[str]:
@@ -65,29 +64,23 @@ def _optimizer_offload(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}.ratio = {ratio:g} (Twin-Flow) needs stage 3, not {level}"
         elif device != "cpu":
             yield f'{key}.ratio = {ratio:g} (Twin-Flow) needs "device": "cpu" beside it, not {device!r}'
-    if section.get("super_offload"):
-        if level != 3:
-            yield f"{key}.super_offload needs stage 3, not {level}"
-        elif device != "cpu":
-            yield f'{key}.super_offload needs "device": "cpu" beside it, not {device!r}'
 
 
-def _zenflow(config: Mapping[str, Any]) -> Iterator[str]:
+def _refused(config: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed has, and what does not work with checkpoints, accumulation or blocks as they are here."""
     zero = config.get("zero_optimization", {})
-    key, flow = "zero_optimization.zenflow", zero.get("zenflow")
-    if flow is None:
-        return
-    if offload(config, "optimizer") != "cpu":
-        yield f'{key} needs zero_optimization.offload_optimizer: {{"device": "cpu"}}'
-    if flow.get("offload") and not zero.get("overlap_comm", stage(config) == 3):
-        yield f"{key}.offload needs zero_optimization.overlap_comm: true"
-    strategy, interval = flow.get("select_strategy", "auto"), flow.get("select_interval", "auto")
-    if (strategy == "auto") != (interval == "auto"):
-        wanted = '"auto"' if strategy == "auto" else "a number"
-        yield f"{key}.select_interval must be {wanted} with select_strategy {strategy!r}, not {interval!r}"
-    update = flow.get("update_interval", "auto")
-    if strategy == "step" and "auto" not in (interval, update) and interval < update:
-        yield f"{key}.select_interval = {interval} must be at least update_interval = {update}"
+    if (zero.get("offload_optimizer") or {}).get("super_offload"):
+        yield (
+            "zero_optimization.offload_optimizer.super_offload keeps the moments in a process of its own, where no"
+            " checkpoint can reach them; remove it"
+        )
+    if zero.get("zenflow") is not None:
+        yield (
+            "zero_optimization.zenflow moves most weights late and counts on equally many micro-steps in every step;"
+            " remove it"
+        )
+    if config.get("compile", {}).get("deepcompile"):
+        yield "compile.deepcompile cannot see into blocks that are gathered as one (leaf modules); remove it"
 
 
 def _bf16(config: Mapping[str, Any]) -> Iterator[str]:
@@ -101,23 +94,11 @@ def _bf16(config: Mapping[str, Any]) -> Iterator[str]:
             yield "bf16.bf16_master_weights_and_grads needs zero_optimization.stage 1, 2 or 3, not 0"
 
 
-def _compile(config: Mapping[str, Any]) -> Iterator[str]:
-    section = config.get("compile", {})
-    moved = [key for key in ("offload_activation", "offload_opt_states", "offload_parameters") if section.get(key)]
-    if len(moved) > 1 and moved != ["offload_activation"]:
-        yield f"compile.{moved[0]} and compile.{moved[1]} exclude each other; keep one"
-    if moved and not section.get("deepcompile"):
-        yield f"compile.{moved[0]} needs compile.deepcompile: true"
-
-
 def gpu_only(config: Mapping[str, Any]) -> list[str]:
     """Return the dotted keys of what is switched on and runs on NVIDIA GPUs only."""
     zero = config.get("zero_optimization", {})
     switched = {
-        "zero_optimization.offload_optimizer.super_offload": (zero.get("offload_optimizer") or {}).get("super_offload"),
-        "zero_optimization.zenflow": zero.get("zenflow") is not None,
         "aio.use_gds": (config.get("aio") or {}).get("use_gds"),
-        "compile.deepcompile": config.get("compile", {}).get("deepcompile"),
     }
     quantized = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
     switched |= {f"zero_optimization.{key}": zero.get(key) for key in quantized}
@@ -150,6 +131,8 @@ def idle(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"zero_optimization.{key} has no effect at stage {level}"
     if "activation_checkpointing" in config:
         yield "activation_checkpointing has no effect here; the recipe's model.activations says what blocks keep"
+    if "compile" in config:
+        yield "compile has no effect here; kernels are compiled, not the blocks"
     if "checkpoint" in config:
         yield "checkpoint has no effect here; this trainer writes its own checkpoints"
     for what in ("param", "optimizer"):

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -81,6 +82,11 @@ class Engine:
             if not math.isfinite(norm):
                 self.module.zero_grad()
                 return norm
+            self.ds.step()
+            return norm
+        if stage(self.config) == 3 and self.config["optimizer"]["type"] == "Muon":
+            # What DeepSpeed gives afterwards is the norm of the orthogonalised update.
+            norm = float(combine_grad_norm_groups(self.ds.optimizer._get_norm_groups()))
             self.ds.step()
             return norm
         self.ds.step()
@@ -189,11 +195,12 @@ def fill_partitioned(module: nn.Module, fill: Fill, config: dict[str, Any], dtyp
 def _initialize(module: nn.Module, config: dict[str, Any]) -> Any:
     """Return DeepSpeed's engine."""
     groups, section = list(_parameter_groups(module, config)), config["optimizer"]
+    chosen: dict[str, Any] = {"model_parameters": groups}
     if section["type"] == "AdamW8bit":
+        chosen = {"optimizer": adamw_8bit(groups, section["params"])}
         config = {k: v for k, v in config.items() if k != "optimizer"}
         config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        return deepspeed.initialize(model=module, optimizer=adamw_8bit(groups, section["params"]), config=config)[0]
-    ds = deepspeed.initialize(model=module, model_parameters=groups, config=config)[0]
+    ds = deepspeed.initialize(model=module, config=config, **chosen)[0]
     if stage(config) == 0 and config["bf16"]["enabled"]:
         # To reserve memory, DeepSpeed took a step with gradients of zero: it counts, and the weights have decayed.
         ds.optimizer.optimizer.state.clear()

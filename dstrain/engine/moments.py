@@ -1,8 +1,8 @@
 """What an optimizer remembers of a flat tensor, in plain numbers: out of it for a checkpoint, and into it again.
 
 AdamW's moments of 8 bits (Dettmers et al., arXiv 2110.02861, by bitsandbytes) leave as fp32 under AdamW's names. Packed
-again in the same blocks they have the same bits: a run goes on exactly at its own world size and stage, and to within
-the 8 bits at others.
+again in the same blocks they have the same codes, and scales to an ulp; in others, at another world size or stage, they
+are rounded to 8 bits anew.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,12 @@ from torch import Tensor
 
 from dstrain.errors import ConfigError
 
-PACKED = {"exp_avg": ("state1", "absmax1", "qmap1"), "exp_avg_sq": ("state2", "absmax2", "qmap2")}
+PACKED = {  # where the moment lies, its scales, its code, and that code's name
+    "exp_avg": ("state1", "absmax1", "qmap1", "dynamic"),
+    "exp_avg_sq": ("state2", "absmax2", "qmap2", "udynamic"),
+}
 BLOCK = 256  # packed elements that share a scale
+LEAST = 4096  # elements of a tensor that is packed
 
 
 def adamw_8bit(groups: list[dict[str, Any]], params: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -43,7 +47,7 @@ def tensors(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]
     from bitsandbytes.functional import dequantize_blockwise
 
     found = {}
-    for kind, (values, scales, code) in PACKED.items():
+    for kind, (values, scales, code, _) in PACKED.items():
         found[kind] = state[values].view(-1)
         if scales in state:  # small tensors are not packed
             found[kind] = dequantize_blockwise(found[kind], absmax=state[scales], code=state[code], blocksize=BLOCK)
@@ -63,13 +67,14 @@ def empty(optimizer: torch.optim.Optimizer, flat: Tensor) -> Tensor:
 
 def put(optimizer: Any, flat: Tensor, moments: Mapping[str, Tensor], count: int) -> None:
     """Make the optimizer remember `moments` of `flat`, as after `count` steps; it may keep the tensors themselves."""
-    if _is_8bit(optimizer):
-        _pack(optimizer, flat, moments)
     state = optimizer.state[flat]
+    if _is_8bit(optimizer):
+        state.update(_packed(optimizer, flat, moments), step=count)
+        return
     for kind, moment in moments.items():
         if kind in state:
             state[kind].view(-1).copy_(moment)
-        elif not _is_8bit(optimizer):
+        else:
             state[kind] = moment.view(flat.shape)
     if "exp_avg" in moments:
         on_device = optimizer.param_groups[0].get("fused", False)
@@ -81,14 +86,27 @@ def _is_8bit(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__name__ == "AdamW8bit"
 
 
-def _pack(optimizer: Any, flat: Tensor, moments: Mapping[str, Tensor]) -> None:
-    from bitsandbytes.functional import quantize_blockwise
+def _packed(optimizer: Any, flat: Tensor, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of bitsandbytes that unpacks to `moments`.
 
-    optimizer.init_state(optimizer.param_groups[0], flat, 0, 0)
-    state = optimizer.state[flat]
-    for kind, (values, scales, code) in PACKED.items():
-        packed = moments[kind].to(state[values].device)
-        if scales in state:
-            packed, found = quantize_blockwise(packed, code=state[code], blocksize=BLOCK)
-            state[scales].copy_(found.absmax)
-        state[values].view(-1).copy_(packed)
+    Its own packing scales by the largest size of a block, but the code for signed numbers ends at -0.993: where that
+    largest is negative, packing what was unpacked would come out smaller each time.
+    """
+    optimizer.fill_qmap()
+    state = dict[str, Tensor]()
+    for kind, (values, scales, code, name) in PACKED.items():
+        moment = moments[kind].to(flat.device)
+        if flat.numel() < LEAST:
+            state[values] = moment.view(flat.shape)
+            continue
+        state[code] = optimizer.name2qmap[name].to(flat.device)
+        low, high = state[code][0].item(), state[code][-1].item()
+        blocks = torch.nn.functional.pad(moment, (0, -len(moment) % BLOCK)).view(-1, BLOCK)
+        scale = blocks.amax(1) / high
+        if low < 0:
+            scale = torch.maximum(scale, blocks.amin(1) / low)
+        middles = (state[code][1:] + state[code][:-1]) / 2
+        normed = blocks / torch.where(scale > 0, scale, 1.0)[:, None]
+        state[values] = torch.bucketize(normed, middles).to(torch.uint8).flatten()[: len(moment)].view(flat.shape)
+        state[scales] = scale
+    return state

@@ -49,7 +49,9 @@ def steps(engine: Engine, first: int, last: int, world) -> list[float]:
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
     state = State(folder)
-    return {f"{kind}:{n}": state.read(kind, n) for kind in sorted(state.kinds) for n in state.shapes}
+    return {
+        f"{kind}:{n}": state.read(kind, n) for kind in sorted(state.kinds) for n in state.shapes if state.has(kind, n)
+    }
 
 
 def resume(cases: dict[str, tuple[dict, bool, str]], tmp: str) -> dict[str, tuple[bool, bool]]:

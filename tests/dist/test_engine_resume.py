@@ -50,7 +50,7 @@ def test_averages_are_kept_without_a_gather_and_used_without_a_trace(tmp_path, b
     for result in run_ranks(2, "engine_resume:averages", tmp_path, configs(), bf16):
         for name, (kept, used, undisturbed, traced) in result.items():
             assert kept < (4e-3 if bf16 else 1e-6), name  # in bf16 the gathered weights are rounded, the average is not
-            assert used < (4e-3 if bf16 else 1e-6), name
+            assert used < (8e-3 if bf16 else 1e-6), name  # rounded once more: half a bf16 ulp of weights above one
             assert undisturbed, name
             assert traced, name
 

@@ -1,7 +1,5 @@
 """Each file in ds_configs/ starts on two real ranks and follows plain PyTorch, with all weights and with adapters."""
 
-import importlib.util
-import os
 import subprocess
 import sys
 
@@ -11,7 +9,7 @@ from ranks import run_ranks
 from small_runs import ROOT, environment
 
 from dstrain.engine.ds_config import faults, load
-from dstrain.engine.ds_rules import gpu_only, offload
+from dstrain.engine.ds_rules import gpu_only
 
 PRESETS = sorted((ROOT / "ds_configs").glob("*.json"))
 BUILD_NVME = """

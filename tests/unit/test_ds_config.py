@@ -178,8 +178,7 @@ def test_all_faults_are_found_not_only_the_first():
         ({"offload_optimizer": CPU}, "offload_optimizer needs stage 1, 2 or 3, not 0"),
         ({"stage": 2, "offload_optimizer": {**CPU, "ratio": 0.5}}, "ratio = 0.5 (Twin-Flow) needs stage 3, not 2"),
         ({"stage": 3, "offload_optimizer": {"ratio": 0.5}}, 'ratio = 0.5 (Twin-Flow) needs "device": "cpu"'),
-        ({"stage": 2, "offload_optimizer": {**CPU, "super_offload": True}}, "super_offload needs stage 3"),
-        ({"stage": 3, "offload_optimizer": {"super_offload": True}}, 'super_offload needs "device": "cpu"'),
+        ({"stage": 3, "offload_optimizer": {**CPU, "super_offload": True}}, "super_offload keeps the moments"),
         ({"stage": 2, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size = 8 needs stage 3"),
         ({"stage": 1, "zero_quantized_weights": True}, "zero_quantized_weights needs stage 3"),
         ({"stage": 2, "zero_quantized_gradients": True}, "zero_quantized_gradients needs stage 3"),
@@ -189,18 +188,7 @@ def test_all_faults_are_found_not_only_the_first():
         ),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param.nvme_path must be a folder"),
         ({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/none"}}, "not '/none'"),
-        ({"stage": 3, "zenflow": {}}, "zenflow needs zero_optimization.offload_optimizer"),
-        ({"stage": 2, "offload_optimizer": CPU, "zenflow": {"offload": True}}, "needs zero_optimization.overlap_comm"),
-        ({"stage": 2, "offload_optimizer": CPU, "zenflow": {"select_interval": 4}}, 'must be "auto"'),
-        ({"stage": 2, "offload_optimizer": CPU, "zenflow": {"select_strategy": "step"}}, "must be a number"),
-        (
-            {
-                "stage": 2,
-                "offload_optimizer": CPU,
-                "zenflow": {"select_strategy": "step", "select_interval": 2, "update_interval": 4},
-            },
-            "must be at least update_interval = 4",
-        ),
+        ({"stage": 2, "offload_optimizer": CPU, "zenflow": {"offload": True}}, "zenflow moves most weights late"),
         ({"stage": 1, "compute_grad_norm": False}, "compute_grad_norm must be true"),
         ({"stage": 1, "legacy_stage1": True}, "legacy_stage1"),
     ],
@@ -218,8 +206,7 @@ def test_contradictions_in_zero(zero, says):
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "needs bf16.bf16_master_weights_and_grads"),
         ({"bf16": {"bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 2}}, "needs bf16.enabled"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "stage 1, 2 or 3, not 0"),
-        ({"compile": {"deepcompile": True, "offload_activation": True, "offload_opt_states": True}}, "exclude"),
-        ({"compile": {"offload_activation": True}}, "needs compile.deepcompile"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile cannot see into blocks"),
     ],
 )
 def test_contradictions_elsewhere(config, says):
@@ -448,14 +435,9 @@ def test_batch_keys_that_agree():
 
 
 def test_only_a_gpu_can():
-    zero = {"stage": 3, "offload_optimizer": {**CPU, "super_offload": True}, "zenflow": {}}
-    config = {
-        "zero_optimization": {**zero, "zero_quantized_weights": True},
-        "aio": {"use_gds": True},
-        "compile": {"deepcompile": True},
-    }
-    assert len(gpu_only(config)) == 5
-    with pytest.raises(ConfigError, match="super_offload needs an NVIDIA GPU"):
+    config = {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}, "aio": {"use_gds": True}}
+    assert len(gpu_only(config)) == 2
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
         check_sections(config, PATH, gpu=False)
     check_sections(config, PATH, gpu=True)
     assert gpu_only({"aio": None, "zero_optimization": {"offload_optimizer": None}}) == []

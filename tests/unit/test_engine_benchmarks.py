@@ -214,7 +214,14 @@ def test_the_checkpoint_is_what_both_models_want(loading, tmp_path):
 
 
 def stage(seconds=1.0, read=0, mapped=0, peak=0, anonymous=0):
-    return {"seconds": seconds, "read": read, "mapped": mapped, "peak": peak, "anonymous": anonymous}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": seconds / 2,
+        "read": read,
+        "mapped": mapped,
+        "peak": peak,
+        "anonymous": anonymous,
+    }
 
 
 def rank(loaded, engine, error=""):
@@ -226,11 +233,12 @@ def test_bytes_are_of_the_files_and_memory_of_a_partition(loading):
     heavy = rank(stage(3, 0, 100, 110, 10), stage(5, 1, 100, 150, 75))
     found = loading.summary([[light, heavy], [heavy, heavy], [light, light]], file_size=100, world=2)
     assert found["loaded"]["seconds"] == {"median": 3, "min": 1, "max": 3}
+    assert found["engine"]["cpu_seconds"] == {"median": 2.5, "min": 1.0, "max": 2.5}
     assert found["loaded"]["read"] == {"median": 0.5, "min": 0.0, "max": 0.5}
     assert found["loaded"]["mapped"] == {"median": 1.0, "min": 0.0, "max": 1.0}
     assert found["engine"]["peak"] == pytest.approx({"median": 3.0, "min": 1.2, "max": 3.0})
     assert found["engine"]["anonymous"] == pytest.approx({"median": 1.5, "min": 1.16, "max": 1.5})
-    assert "loaded 3.00 s, read 0.500" in loading.describe("x", found)
+    assert "loaded 3.00 s, of processor 1.50 s, read 0.500" in loading.describe("x", found)
 
 
 def test_a_way_that_fails_has_no_figures(loading):

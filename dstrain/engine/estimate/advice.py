@@ -10,16 +10,18 @@ from dstrain.engine.estimate.machine import Machine
 from dstrain.engine.estimate.plan import Choice
 
 CPU, NVME = {"device": "cpu"}, {"device": "nvme"}
+WEIGHTS_STAY = "no offload_param"
 RATIOS = [i / 20 for i in range(1, 20)]  # of Twin-Flow
 MOST_GPUS = 1024
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A ds_config and what it needs. `name` is that of a file in ds_configs/, with what to change in it."""
+    """A ds_config and what it needs. `name` begins with that of a file in ds_configs/; `change` is what to change."""
 
     name: str
     estimate: Estimate
+    change: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,17 @@ def advise(load: Load, machine: Machine, choice: Choice | None = None, base: Map
         return Advice(None, found, _missing(found, load, machine, choice, base))
     best = min(fitting, key=lambda c: c.estimate.traffic.seconds)  # of equals the first, which is the simplest
     steps = f"{best.estimate.traffic.seconds:.2f} s a step at least, bound by {best.estimate.traffic.bound}"
-    return Advice(best, found, f"{best.name}: {steps}")
+    change = f" with {best.change}" if best.change else ""
+    return Advice(best, found, f"{best.name.split(',')[0]}{change}: {steps}")
 
 
 def candidates(
     load: Load, machine: Machine, choice: Choice, base: Mapping[str, Any] | None = None
 ) -> Iterator[Candidate]:
     """Yield every ds_config that there is for this machine, the simplest first."""
-    for name, zero in _settings(machine):
-        yield _candidate(name, zero, load, machine, choice, base)
-        if name == "zero3_offload":
+    for name, zero, change in _settings(machine):
+        yield Candidate(name, _estimate(zero, load, machine, choice, base), change)
+        if change == WEIGHTS_STAY:
             yield _twin_flow(load, machine, choice, base)
 
 
@@ -64,36 +67,31 @@ def _twin_flow(load: Load, machine: Machine, choice: Choice, base: Mapping[str, 
     """Keep as much of the optimizer on the GPU as fits there; all but a twentieth in the host if nothing does."""
     for ratio in RATIOS:
         zero = {"stage": 3, "offload_optimizer": {**CPU, "ratio": ratio}}
-        found = _candidate(f"zero3_offload, ratio {ratio:g}", zero, load, machine, choice, base)
-        if found.estimate.device <= machine.fits_gpu:
+        found = _estimate(zero, load, machine, choice, base)
+        if found.device <= machine.fits_gpu:
             break
-    return found
+    return Candidate(f"zero3_offload, ratio {ratio:g}", found, f"offload_optimizer.ratio {ratio:g}, {WEIGHTS_STAY}")
 
 
-def _settings(machine: Machine) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "zero1", {"stage": 1}
-    yield "zero2", {"stage": 2, "overlap_comm": True}
-    yield "zero3", {"stage": 3}
+def _settings(machine: Machine) -> Iterator[tuple[str, dict[str, Any], str]]:
+    yield "zero1", {"stage": 1}, ""
+    yield "zero2", {"stage": 2, "overlap_comm": True}, ""
+    yield "zero3", {"stage": 3}, ""
     if machine.nodes > 1 and machine.gpus > 1:
-        yield "zero3_hpz", {"stage": 3, "zero_hpz_partition_size": machine.gpus}
-    yield "zero2_offload", {"stage": 2, "overlap_comm": True, "offload_optimizer": CPU}
-    yield "zero3_offload", {"stage": 3, "offload_optimizer": CPU}
-    yield "zero3_offload, all of it", {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}
+        zero = {"stage": 3, "zero_hpz_partition_size": machine.gpus}
+        yield "zero3_hpz", zero, f"zero_hpz_partition_size {machine.gpus}"
+    yield "zero2_offload", {"stage": 2, "overlap_comm": True, "offload_optimizer": CPU}, ""
+    yield "zero3_offload, optimizer only", {"stage": 3, "offload_optimizer": CPU}, WEIGHTS_STAY
+    yield "zero3_offload", {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}, ""
     if machine.nvme:
-        yield "zero3_nvme", {"stage": 3, "offload_optimizer": NVME, "offload_param": NVME}
+        yield "zero3_nvme", {"stage": 3, "offload_optimizer": NVME, "offload_param": NVME}, ""
 
 
-def _candidate(
-    name: str,
-    zero: dict[str, Any],
-    load: Load,
-    machine: Machine,
-    choice: Choice,
-    base: Mapping[str, Any] | None,
-) -> Candidate:
+def _estimate(
+    zero: dict[str, Any], load: Load, machine: Machine, choice: Choice, base: Mapping[str, Any] | None
+) -> Estimate:
     precision = {key: base[key] for key in ("bf16", "data_types") if key in base} if base else {}
-    config = {"bf16": {"enabled": True}, **precision, "zero_optimization": zero}
-    return Candidate(name, estimate(config, load, machine, choice))
+    return estimate({"bf16": {"enabled": True}, **precision, "zero_optimization": zero}, load, machine, choice)
 
 
 def _missing(

@@ -7,6 +7,7 @@ are counted once, by their largest.
 
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 
 from dstrain.engine.estimate.load import Load
 from dstrain.engine.estimate.machine import Machine
@@ -165,4 +166,4 @@ def _pinned(plan: Plan, load: Load) -> list[float]:
 
 def _rounded(size: float) -> float:
     """PyTorch's allocator of page-locked memory rounds up to a power of two."""
-    return float(1 << max(0, int(size) - 1).bit_length())
+    return float(1 << max(0, ceil(size) - 1).bit_length())
