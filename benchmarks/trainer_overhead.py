@@ -32,6 +32,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -325,10 +326,17 @@ def launch(script: Path, arguments: Sequence[object], log: Path, *, ranks: int =
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     deepspeed = Path(sys.executable).parent / "deepspeed"
     argv = [deepspeed, "--num_accelerators", ranks, "--master_port", port, script, *arguments]
-    with log.open("wb") as out:
-        code = subprocess.run(
-            [str(a) for a in argv], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, timeout=timeout
-        ).returncode
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(
+            [str(a) for a in argv], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            code = process.wait(timeout)
+        except BaseException:  # an interrupt, too
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks
+            raise
     if code:
         raise RuntimeError(f"{script.name} ended with {code}\n{log.read_text(errors='replace')[-4000:]}")
 

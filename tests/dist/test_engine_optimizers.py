@@ -31,7 +31,8 @@ def test_adamw_with_moments_of_8_bits(tmp_path):
         for step, (ours, loss, norm, want_norm) in enumerate(found.steps):
             assert ours == pytest.approx(loss, rel=2e-3 if "bf16" in name else 1e-4 if step else 1e-6), (name, step)
             assert norm == pytest.approx(want_norm, rel=1e-2), (name, step)
-        assert 0 < found.gap < found.moved / (2 if "bf16" in name else 10), name
+        # were the moments whole, an fp32 run would be at 1e-7
+        assert 1e-5 < found.gap < found.moved / (2 if "bf16" in name else 10), name
 
 
 @pytest.mark.dist

@@ -52,13 +52,13 @@ def test_train_on_your_own_pictures(tmp_path):
     demo = yaml.safe_load((ROOT / "launch/recipes/demo.yaml").read_text())
     demo |= {"run_dir": "runs/NAME", "tracking": {"wandb": "off"}}
     demo["data"]["shards"] = ["shards/my_pictures"]
-    demo["batch"]["global_batch_size"] = 4
+    demo["batch"]["global_batch_size"] = 8
     demo["train"] = {"steps": 2}
     demo["optimizer"]["warmup_steps"] = 1
     (tmp_path / "my_recipe.yaml").write_text(yaml.safe_dump(demo))
     walk = [c for c in COMMANDS if "my_pictures" in c or "my_recipe" in c or "runs/NAME" in c]
     walk = [c for c in walk if not c.startswith("sbatch")]
-    assert len(walk) == 7
+    assert len(walk) == 9
     output = {}
     for command in walk:
         if command.startswith("dstrain sample"):
@@ -70,3 +70,4 @@ def test_train_on_your_own_pictures(tmp_path):
     assert (tmp_path / "preview.png").stat().st_size > 10_000
     assert (tmp_path / "cat.png").stat().st_size > 500
     assert (tmp_path / "runs/NAME/export/model_index.json").is_file()
+    assert (tmp_path / "my_model/transformer/config.json").is_file()
