@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, on one machine that has one: correctness of what only runs there, then the figures.
 #
-#   bash benchmarks/gpu.sh [RESULTS FOLDER]      about ten minutes; 16 of Qwen-Image's 60 blocks need 80 GB
+#   bash benchmarks/gpu.sh [RESULTS FOLDER]      about fifteen minutes; 16 of Qwen-Image's 60 blocks need 80 GB
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export DSTRAIN_EXTRAS="test bench"
@@ -17,7 +17,12 @@ step() { # name of the figure, ds_config, arguments
         --out "$out/$name-$1.json" "${@:3}"
 }
 step 4096-zero3 zero3 --layers 8 --image_tokens 4096 --text_tokens 512
-step 4096-zero3-keep zero3 --layers 8 --image_tokens 4096 --text_tokens 512 --activations none
+for keep in none attention offload; do
+    step "4096-zero3-$keep" zero3 --layers 8 --image_tokens 4096 --text_tokens 512 --activations "$keep"
+done
 step 1024x4-zero3 zero3 --layers 8 --image_tokens 1024 --text_tokens 128 --samples 4
 step 4096-zero3_offload zero3_offload --layers 16 --image_tokens 4096 --text_tokens 512
 python benchmarks/train_step.py --layers 4 --image_tokens 4096 --text_tokens 512 --out "$out/$name-4096-plain.json"
+python benchmarks/activation_memory.py --width 3072 --layers 12 --image_side 64 --text 512 \
+    --out "$out/$name-activation_memory.json"
+python benchmarks/storage_formats.py --out "$out/$name-storage_formats.json"

@@ -203,7 +203,8 @@ def _adamw_8bit(o: OptimizerConfig, offloaded: bool) -> dict[str, Any]:
 
 def _muon(o: OptimizerConfig, offloaded: bool) -> dict[str, Any]:
     """Muon for matrices, AdamW for the rest; DeepSpeed splits the groups by the tag `use_muon` of a parameter."""
-    params = _adamw(o, offloaded=True)["params"] | {"momentum": o.momentum, "muon_lr": o.muon_lr, "adam_lr": o.lr}
+    params = _adamw(o, offloaded)["params"] | {"momentum": o.momentum, "muon_lr": o.muon_lr, "adam_lr": o.lr}
+    params.pop("fused", None)
     return {"type": "Muon", "params": params}
 
 

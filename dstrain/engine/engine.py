@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dstrain.engine.ds_rules import stage
 from dstrain.engine.master import Master
-from dstrain.engine.moments import adamw_8bit
+from dstrain.engine.moments import adam_of, adamw_8bit
 from dstrain.models.base import DiT
 from dstrain.models.lora import plain_name
 
@@ -108,7 +108,7 @@ class Engine:
         Its C++ object multiplies beta^t up from step to step in fp32, but starts from pow(beta, t) after a restart, and
         the two round differently: a resumed run would drift by ulps. Told of step 0 first, it takes pow each time.
         """
-        adam = getattr(self.ds.optimizer, "optimizer", None)
+        adam = adam_of(getattr(self.ds.optimizer, "optimizer", None))
         if isinstance(adam, DeepSpeedCPUAdam):
             beta1, beta2 = adam.param_groups[0]["betas"]
             none = torch.zeros(1)

@@ -78,8 +78,13 @@ def put(optimizer: Any, flat: Tensor, moments: Mapping[str, Tensor], count: int)
             state[kind] = moment.view(flat.shape)
     if "exp_avg" in moments:
         on_device = optimizer.param_groups[0].get("fused", False)
-        torchs = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+        torchs = isinstance(adam_of(optimizer), torch.optim.Adam | torch.optim.AdamW)
         state["step"] = torch.tensor(float(count), device=flat.device if on_device else "cpu") if torchs else count
+
+
+def adam_of(optimizer: Any) -> Any:
+    """Return the optimizer itself, or the Adam to which Muon leaves what is no matrix."""
+    return getattr(optimizer, "aux_optimizer", None) or optimizer
 
 
 def _is_8bit(optimizer: torch.optim.Optimizer) -> bool:
