@@ -24,7 +24,7 @@ LR = 3e-3
 CLIP = 0.5
 
 
-def recipe(batch: int) -> Recipe:
+def recipe(batch: int, optimizer: str = "adamw") -> Recipe:
     return build(
         Recipe,
         {
@@ -34,7 +34,7 @@ def recipe(batch: int) -> Recipe:
             "batch": {"global_batch_size": batch},
             "train": {"steps": 10},
             # a large eps: gradients that are zero but for rounding must not become whole steps
-            "optimizer": {"lr": LR, "weight_decay": 0.1, "eps": 1e-4},
+            "optimizer": {"name": optimizer, "lr": LR, "weight_decay": 0.1, "eps": 1e-4},
         },
         "test",
     )

@@ -16,8 +16,16 @@ from dstrain.errors import CheckpointError
 PACKS = 4  # of a step: dealt to ranks and micro-steps, the same at 1, 2 and 4 ranks
 
 
-def build(ds: dict, bf16: bool, world, what: str = "full", saved: Path | None = None, ema: float = 0.9) -> Engine:
-    config = complete(ds, recipe(8), world_size=world.size, bf16=bf16, path=Path("ds.json"))
+def build(
+    ds: dict,
+    bf16: bool,
+    world,
+    what: str = "full",
+    saved: Path | None = None,
+    ema: float = 0.9,
+    optimizer: str = "adamw",
+) -> Engine:
+    config = complete(ds, recipe(8, optimizer), world_size=world.size, bf16=bf16, path=Path("ds.json"))
     state = State(saved) if saved else None
 
     def values(name, shape, start, stop):
@@ -70,6 +78,20 @@ def resume(cases: dict[str, tuple[dict, bool, str]], tmp: str) -> dict[str, tupl
         again = steps(other, 2, 4, world)
         same = everything(checkpoint.save(other, folder, 5, {}, keep=3))
         results[name] = again == straight, end.keys() == same.keys() and all(torch.equal(end[k], same[k]) for k in end)
+    return results
+
+
+def other_optimizers(cases: dict[str, tuple[dict, str]], tmp: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Per case (ds_config, optimizer): losses and norms of steps 2 and 3, straight and after a restart."""
+    world = distributed.start()
+    results = {}
+    for name, (ds, optimizer) in cases.items():
+        engine = build(ds, False, world, optimizer=optimizer)
+        steps(engine, 0, 2, world)
+        path = checkpoint.save(engine, Path(tmp) / name, 2, {}, keep=3)
+        straight = steps(engine, 2, 4, world)
+        other = build(ds, False, world, saved=path, optimizer=optimizer)
+        results[name] = straight, steps(other, 2, 4, world)
     return results
 
 

@@ -27,6 +27,15 @@ def test_every_stage_continues_with_the_same_bits_in_bf16(tmp_path, stages):
         assert result == dict.fromkeys(cases, (True, True))
 
 
+def test_other_optimizers_continue_to_rounding(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # DeepSpeed compiles Muon's update: a minute on a CPU
+    zero3, zero2 = ({"zero_optimization": {"stage": stage}, "gradient_clipping": 0} for stage in (3, 2))
+    cases = {"muon": (zero3, "muon"), "8-bit zero3": (zero3, "adamw_8bit"), "8-bit zero2": (zero2, "adamw_8bit")}
+    for result in run_ranks(2, "engine_resume:other_optimizers", tmp_path, cases, str(tmp_path)):
+        for name, (straight, again) in result.items():
+            assert again == pytest.approx(straight, rel=1e-6), name
+
+
 def test_a_checkpoint_is_continued_at_any_world_size_and_stage(tmp_path):
     """From zero3 on 2 ranks to each other combination: the losses of the run that never stopped, to an ulp or two."""
     ways = [(1, "zero3"), (4, "zero3"), (1, "zero2_offload"), (2, "zero1"), (2, "zero0"), (4, "zero3_offload")]
