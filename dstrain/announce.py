@@ -44,7 +44,11 @@ def announce(job: Job) -> None:
     clip = config["gradient_clipping"]
     ranks = f"{job.world_size} rank{'s' * (job.world_size > 1)}"
     lora = recipe.lora
-    adapters = f" in LoRA adapters of rank {lora.rank} on {lora.base} weights" if lora.rank else ""
+    adapters = (
+        f" in LoRA adapters of rank {lora.rank} on {dtype if lora.base == 'bf16' else lora.base} weights"
+        if lora.rank
+        else ""
+    )
     rows = {
         "data": job.dataset.summary(),
         "model": f"{recipe.model.family} from {job.components['transformer']} ({recipe.model.init} weights)",

@@ -30,6 +30,7 @@ from dstrain.pipelines.base import PIPELINES
 T = TypeVar("T")
 GB = 1e9
 GPUS_A_NODE = 8
+SHORT = 0.01  # seconds of communication in a step, below which it is not worth a word
 NVME = 5e9  # bytes/s of a node's drive, where the ds_config names one
 LEVELS = ("error", "warning", "ok")
 
@@ -79,7 +80,7 @@ def check(recipe_path: Path, overrides: list[str], ds_path: Path, machine: Machi
             if (job := attempt(lambda: prepare(recipe, ds_path, config, machine.ranks, _device(machine)))) is not None:
                 found += [Finding("warning", text) for text in of_job(job, machine)]
                 found += [Finding("ok", text) for text in summary(job, config)]
-                if machine.gpu:
+                if attempt(job.encoder_memory) is not None and machine.gpu:
                     mine, advice = plan_for(job, machine)
                     found += [Finding("warning", text) for text in of_plan(mine, advice)]
                     need = f"{mine.device / GB:,.1f} GB on a GPU and {mine.node / GB:,.1f} GB in a node's memory"
@@ -156,20 +157,25 @@ def of_recipe(recipe: Recipe, machine: Machine) -> Iterator[str]:
         yield "model.activations: offload does nothing without a GPU; full keeps as little"
     if not machine.gpu and recipe.model.encoders == "offload":
         yield "model.encoders: offload does nothing without a GPU"
-    if recipe.ema.decay and 1 / (1 - recipe.ema.decay) > steps:
+    if recipe.lora.rank and recipe.model.init == "random":
         yield (
-            f"ema.decay = {recipe.ema.decay:g} averages over {1 / (1 - recipe.ema.decay):,.0f} steps, and the run has"
-            f" {steps:,}: the average stays near the start"
+            f"lora.rank = {recipe.lora.rank} with model.init random: adapters on random frozen weights learn nothing;"
+            " set model.init to pretrained, or lora.rank to 0"
         )
+    if recipe.sample.prompts and not recipe.sample.every:
+        yield "sample.prompts has no effect without sample.every; give the steps between, or remove it"
     if recipe.data.workers > (cores := os.cpu_count() or 1):
         yield f"data.workers = {recipe.data.workers} threads a rank, and this machine has {cores} cores"
 
 
 def of_job(job: Job, machine: Machine) -> Iterator[str]:
     """Yield warnings that need what the run was checked with."""
-    if job.recipe.ema.decay and "nvme" in (offload(job.ds_config, "param"), offload(job.ds_config, "optimizer")):
-        size = 4 * _count(job.trained) / machine.ranks / GB
-        yield f"ema.decay: the average is kept in host memory, {size:.3g} GB a rank, not on the NVMe drive"
+    micros, _, _ = job.plan.figures(0)
+    if micros > 1 and stage(job.ds_config) == 0 and job.dtype == torch.bfloat16:
+        yield (
+            f"zero_optimization.stage 0 adds the gradients of {micros} micro-steps up in bf16, losing the small ones;"
+            " use stage 1, which adds in fp32"
+        )
     yield from _balance(job)
     yield from _disk(job)
     yield from _save_time(job, machine)
@@ -266,7 +272,7 @@ def of_plan(mine: Estimate, advice: Advice) -> Iterator[str]:
             f"{advice.best.name} fits too, and its step takes at least {advice.best.estimate.traffic.seconds:.2g} s"
             f" instead of {mine.traffic.seconds:.2g} s by the estimate: what is offloaded or sharded here need not be"
         )
-    if times["communication"] > times["compute"]:
+    if times["communication"] > max(times["compute"], SHORT):
         micros = mine.plan.choice.micro_steps
         way = f"batch.tokens_per_pack for fewer micro-steps than {micros}" if micros > 1 else "batch.global_batch_size"
         yield (

@@ -25,7 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be in another encoding than the terminal
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    if rest and (len(overrides) < len(rest) or not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides:  # argparse takes positional arguments only in one piece
+        args.overrides = [*args.overrides, *overrides]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         code = args.run(args) or 0

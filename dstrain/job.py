@@ -83,9 +83,38 @@ class Job:
         return shape_transformer(self.pipeline, self.recipe)
 
     @property
-    def trained_digest(self) -> str:
-        """SHA-256 of the names and shapes of what trains."""
-        return hashlib.sha256(json.dumps(self.trained).encode()).hexdigest()
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        recipe = self.recipe
+        lora = {f"lora.{k}": v for k, v in to_dict(recipe)["lora"].items() if k not in ("path", "dropout", "init")}
+        return {
+            "dtype": str(self.dtype),
+            "seed": recipe.seed,
+            "global_batch_size": recipe.batch.global_batch_size,
+            "data": self.dataset.digest,
+            "shuffle_window": recipe.data.shuffle_window,
+            "optimizer": recipe.optimizer.name,
+            "train.parameters": recipe.train.parameters,
+            **(lora if recipe.lora.rank else {"lora.rank": 0}),
+            "trained": hashlib.sha256(json.dumps(self.trained).encode()).hexdigest(),
+            **({} if self.trained.keys() == self.shapes.keys() else {"base": self._base_digest()}),
+        }
+
+    def _base_digest(self) -> str:
+        """SHA-256 of what tells one base model from another without reading it whole: first numbers of each tensor."""
+        if self.recipe.model.init == "random":
+            return "random"
+        entries = Weights(self.components["transformer"]).entries
+        stamp = [[n, list(e.shape), e.read(0, 8).double().tolist()] for n, e in sorted(entries.items())]
+        return hashlib.sha256(json.dumps([self.recipe.model.gelu, stamp]).encode()).hexdigest()
+
+    def check_continuation(self) -> None:
+        """Raise CheckpointError if the newest checkpoint of run_dir belongs to a run that differs from this one."""
+        path = checkpoint.newest(Path(self.recipe.run_dir) / "checkpoints")
+        if path is not None:
+            manifest = checkpoint.read_manifest(path)
+            checkpoint.check_facts(manifest, self.facts, path)
+            log.info("will continue from %s, step %d of %d", path, manifest["step"], self.recipe.train.steps)
 
     def start_values(self) -> Fill:
         """Return what every parameter of `build_transformer` starts from; nothing is read before it is asked for."""
@@ -154,9 +183,17 @@ def prepare(
     trained = {plain_name(name): p.shape for name, p in trained_model.named_parameters() if p.requires_grad}
     if recipe.model.init == "pretrained":
         Weights(components["transformer"]).check(shapes)
-    adapters = read_adapters(recipe, shapes)
+    adapters = read_adapters(recipe, shapes, trained)
     _check_sampling(recipe, pipeline)
-    config = complete(ds_config, recipe, world_size=world_size, bf16=bf16, path=ds_path, block=block_size(model))
+    config = complete(
+        ds_config,
+        recipe,
+        world_size=world_size,
+        bf16=bf16,
+        path=ds_path,
+        block=block_size(trained_model),
+        classes={f"{type(m).__module__}.{type(m).__qualname__}" for m in trained_model.modules()},
+    )
     check_sections(ds_config, ds_path, gpu=device.type == "cuda")
     return Job(
         recipe,
@@ -193,8 +230,10 @@ def block_size(model: DiT) -> int:
     return max(sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, model.block_class))
 
 
-def read_adapters(recipe: Recipe, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Read the adapters that the recipe starts from, plain names; ConfigError if they are of another kind."""
+def read_adapters(
+    recipe: Recipe, shapes: Mapping[str, torch.Size], trained: Mapping[str, torch.Size]
+) -> dict[str, torch.Tensor]:
+    """Read the adapters that the recipe starts from, plain names; ConfigError if they are not what it trains."""
     lora = recipe.lora
     if not lora.path:
         return {}
@@ -206,6 +245,12 @@ def read_adapters(recipe: Recipe, shapes: Mapping[str, torch.Size]) -> dict[str,
             f"lora.path {lora.path} holds adapters with {theirs}, and lora.rank, dora, alpha and rslora say {ours};"
             " give lora the same"
         )
+    if left_out := sorted({name.partition(".lora_")[0] for name in tensors.keys() - trained.keys()}):
+        raise ConfigError(
+            f"lora.path {lora.path} holds adapters on {len(left_out)} layers that lora.targets leaves out, such as"
+            f" {left_out[0]}; add them to lora.targets"
+        )
+    log.info("%d of %d adapter tensors start from %s, the others from nothing", len(tensors), len(trained), lora.path)
     return tensors
 
 
@@ -214,7 +259,10 @@ def _check_sampling(recipe: Recipe, pipeline: Pipeline) -> None:
     if wanted.every and not wanted.prompts:
         raise ConfigError("sample.every is given without sample.prompts; name what is to be painted")
     if wanted.every:
-        pipeline.shape_of(wanted.height, wanted.width)
+        try:
+            pipeline.shape_of(wanted.height, wanted.width)
+        except ConfigError as e:
+            raise ConfigError(f"sample.height, sample.width: {e}") from None
 
 
 def _expected(recipe: Recipe, dataset: Dataset, pipeline: Pipeline, dtype: torch.dtype) -> Expected:

@@ -83,17 +83,7 @@ class Trainer:
         quarantine = Path(recipe.run_dir) / "bad_samples.jsonl"
         known = distributed.share(list(read_quarantine(quarantine).items()) if world.is_main else [])
         self.bad = BadSamples(data.max_bad_samples, data.max_consecutive_bad, quarantine, dict(known))
-        # What must be the same for a checkpoint to be continued exactly.
-        self.facts = {
-            "dtype": str(job.dtype),
-            "seed": recipe.seed,
-            "global_batch_size": recipe.batch.global_batch_size,
-            "data": job.dataset.digest,
-            "shuffle_window": data.shuffle_window,
-            "trained": job.trained_digest,
-            "optimizer": recipe.optimizer.name,
-            "lora": {key: value for key, value in to_dict(recipe)["lora"].items() if key not in ("path", "dropout")},
-        }
+        self.facts = job.facts
         distributed.check_agreement({**self.facts, **flat(to_dict(recipe))})
         self.saved = self._checkpoint(resume)  # the checkpoint that holds the newest state on disk
         self.engine, self.first_step = self._start()
@@ -274,6 +264,9 @@ class Trainer:
             return engine, 0
         engine.master.restore(saved)
         step = checkpoint.read_manifest(path)["step"]
+        checkpoint.set_aside_newer(Path(recipe.run_dir) / "checkpoints", step)
+        if ema.decay and "ema" not in saved.kinds and self.world.is_main:
+            log.info("the checkpoint has no average: it begins anew")
         if self.world.is_main:
             log.info("continuing from %s at step %d of %d", path, step, recipe.train.steps)
         return engine, step
@@ -296,7 +289,6 @@ class Trainer:
             then, now = flat(manifest.get("recipe", {})), flat(to_dict(self.recipe))
             for key in sorted(key for key in now if key in then and then[key] != now[key]):
                 log.info("changed since the checkpoint: %s = %s, was %s", key, now[key], then[key])
-        checkpoint.set_aside_newer(path)
         return path
 
     def _save(self, step: int, tracker: Tracker) -> None:

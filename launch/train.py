@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would be done, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         from dstrain.trainer import Trainer
 
         job = prepare(recipe, args.ds_config, ds_config, distributed.environment_world()[2])
-        if args.resume not in ("auto", "never"):
+        if args.resume == "auto":
+            job.check_continuation()
+        elif args.resume != "never":
             checkpoint.read_manifest(Path(args.resume))
         announce(job)
         if not args.dry_run:

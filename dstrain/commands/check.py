@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     )
     findings = check(args.config, args.overrides, args.ds_config, machine)
     for finding in findings:
-        print(f"{finding.level}: {printable(finding.text)}")
+        print(f"{finding.level}: " + printable(finding.text, keep="\n").replace("\n", "\n  "))
     return 2 if any(finding.level == "error" for finding in findings) else 0
 
 

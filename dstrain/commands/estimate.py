@@ -17,12 +17,14 @@ from dstrain.commands.arguments import positive, report_file
 from dstrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dstrain.config import Recipe
     from dstrain.engine.estimate import Advice, Choice, Load, Machine
 
 ABOUT = "say what a run will need: memory, traffic, time, and which ds_config is best"
+PIXELS, TEXT = 256, 512  # pixels of an image token; text tokens of a sample that nobody has counted
 SPEEDS = {
     "nvlink_gbs": "GB/s of a GPU to the others of its node",
-    "network_gbs": "GB/s into a node, all its adapters together",
+    "network_gbs": "GB/s into a node, all its adapters together: 8 x 400 Gb/s beside eight H100",
     "pcie_gbs": "GB/s of a GPU to host memory, in each direction",
     "dram_gbs": "GB/s of a node's host memory",
     "nvme_gbs": "GB/s of a node's NVMe drives; 0 = none",
@@ -47,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE+TEXT",
         type=sample,
         nargs="+",
-        help="tokens of each sample in the pack of a rank, e.g. 4096+512 for 1024 x 1024 pixels (one such sample, or as"
-        " many as the recipe's batch.tokens_per_pack holds)",
+        help="tokens of each sample in the pack of a rank, e.g. 4096+512 for 1024 x 1024 pixels (one such sample; with"
+        " a recipe, as many of its data.max_pixels as its batch.tokens_per_pack holds)",
     )
     parser.add_argument(
         "--micro_steps", metavar="N", type=positive, help="packs of a rank in an optimizer step (1, or by the recipe)"
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoders", choices=("resident", "offload", "absent"), help="VAE and text encoder; absent = encoded shards"
     )
-    defaults = {"nvlink_gbs": 370.0, "network_gbs": 50.0, "pcie_gbs": 50.0, "dram_gbs": 400.0, "nvme_gbs": 0.0}
+    defaults = {"nvlink_gbs": 370.0, "network_gbs": 400.0, "pcie_gbs": 50.0, "dram_gbs": 400.0, "nvme_gbs": 0.0}
     for name, about in SPEEDS.items():
         kind = amount if defaults[name] else amount_or_none
         parser.add_argument(f"--{name}", metavar="X", type=kind, default=defaults[name], help=f"{about} (%(default)g)")
@@ -78,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
     from dstrain.engine.estimate.advice import Candidate, counts, scaled
 
     machine = _machine(args)
-    name, load, choice = _load(args, machine)
-    config = _ds_config(args.ds_config, machine) if args.ds_config else None
+    name, load, choice, source = _load(args, machine)
+    config = _ds_config(args.ds_config, machine, choice) if args.ds_config else None
     advice = advise(load, machine, choice, config)
     given = (
         Candidate(f"{args.ds_config.stem} (given)", estimate(config, load, machine, choice))
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = {m.ranks: m for m in (scaled(machine, count) for count in counts(machine)) if m.ranks <= 1024}
     sizes[machine.ranks] = machine
     rows = [(m, advise(load, m, choice, config)) for _, m in sorted(sizes.items())]
-    print("\n".join(table.heading(name, load, machine)), end="\n\n")
+    print("\n".join(table.heading(name, load, machine, source)), end="\n\n")
     print("\n".join(table.parts(detail.name, detail.estimate)), end="\n\n")
     print("\n".join(table.comparison(([given] if given else []) + list(advice.candidates), advice.best)))
     print(f"advice: {advice.sentence}", end="\n\n")
@@ -152,8 +154,8 @@ def _machine(args: argparse.Namespace) -> "Machine":
     )
 
 
-def _ds_config(path: Path, machine: "Machine") -> dict[str, Any]:
-    """Read a ds_config; a folder on an NVMe drive need not be on this machine."""
+def _ds_config(path: Path, machine: "Machine", choice: "Choice") -> dict[str, Any]:
+    """Read a ds_config and refuse what training would; a folder on an NVMe drive need not be on this machine."""
     from dstrain.engine.ds_config import faults, load
     from dstrain.engine.ds_rules import offload
 
@@ -161,12 +163,22 @@ def _ds_config(path: Path, machine: "Machine") -> dict[str, Any]:
     for fault in faults(config):
         if ".nvme_path" not in fault:
             raise ConfigError(f"{path}: {fault}")
-    if not machine.nvme and "nvme" in (offload(config, "optimizer"), offload(config, "param")):
-        raise ConfigError(f"{path} offloads to an NVMe drive; say how fast it is with --nvme_gbs")
+    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size > 1 and machine.ranks % size:
+        raise ConfigError(
+            f"{path}: zero_optimization.zero_hpz_partition_size = {size} does not divide the {machine.ranks} ranks; it"
+            " is the number of GPUs of a node"
+        )
+    if "nvme" in (offload(config, "optimizer"), offload(config, "param")):
+        if not machine.nvme:
+            raise ConfigError(f"{path} offloads to an NVMe drive; say how fast it is with --nvme_gbs")
+        if choice.ema != "none":
+            raise ConfigError(f"{path} offloads to an NVMe drive, and ema.decay needs all states in memory; use cpu")
     return config
 
 
-def _load(args: argparse.Namespace, machine: "Machine") -> tuple[str, "Load", "Choice"]:
+def _load(args: argparse.Namespace, machine: "Machine") -> tuple[str, "Load", "Choice", str]:
+    """Return the model's name, the counts, what the recipe says, and where the pack's samples come from."""
     from dstrain.config import load_recipe
     from dstrain.engine.estimate import Choice, load_of
     from dstrain.engine.estimate.model import read_model
@@ -178,12 +190,13 @@ def _load(args: argparse.Namespace, machine: "Machine") -> tuple[str, "Load", "C
     name = args.model or (recipe.model.path if recipe else "qwen-image")
     model, encoders = read_model(name)
     word = 4 if recipe and recipe.model.encoder_dtype == "fp32" else 2
-    samples = args.tokens or [(4096, 512)]
+    samples, source = args.tokens or [(4096, 512)], "--tokens" if args.tokens else "4,096 + 512, the default"
     micro_steps, choice = args.micro_steps or 1, Choice()
     if recipe:
         choose_trained(model, recipe.train.parameters, recipe.lora)
         each = -(-recipe.batch.global_batch_size // machine.ranks)  # samples of a rank
         if not args.tokens:
+            samples, source = _largest(recipe)
             samples *= max(1, min(each, recipe.batch.tokens_per_pack // sum(samples[0])))
         choice = Choice.of(recipe, micro_steps=args.micro_steps or -(-each // len(samples)))
     else:
@@ -193,7 +206,18 @@ def _load(args: argparse.Namespace, machine: "Machine") -> tuple[str, "Load", "C
     changes = {key: value for key in ("activations", "encoders") if (value := getattr(args, key))}
     if "activations" in changes:
         changes["activations"] = tuple(changes["activations"])
-    return name, load_of(model, samples, encoder_bytes=word * encoders), dataclasses.replace(choice, **changes)
+    load = load_of(model, samples, encoder_bytes=word * encoders)
+    return name, load, dataclasses.replace(choice, **changes), source
+
+
+def _largest(recipe: "Recipe") -> tuple[list[tuple[int, int]], str]:
+    """Return the largest sample that a pack of the recipe can hold, and what says so."""
+    image, text, most = max(1, recipe.data.max_pixels // PIXELS), TEXT, recipe.batch.tokens_per_pack
+    key = "data.max_pixels"
+    if image + text > most:
+        text = min(text, most // 2)
+        image, key = most - text, "batch.tokens_per_pack"
+    return [(image, text)], f"{image:,} + {text} a sample, by {key}"
 
 
 def _data(

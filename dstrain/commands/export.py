@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("diffusers", "peft", "comfyui", "all"), help="of LoRA files (diffusers and comfyui)"
     )
-    parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument(
+        "--weights", choices=("ema", "trained"), help="the averaged ones or the last (ema where the checkpoint has it)"
+    )
     parser.add_argument("--merge", action="store_true", help="the whole model, with the LoRA merged into its weights")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of what is written (as the run computed)")
     parser.add_argument(
@@ -72,7 +74,7 @@ def _export(args: argparse.Namespace, folder: Path) -> None:
     from dstrain.engine.export import check_files, export, open_base, open_checkpoint
     from dstrain.pipelines import PIPELINES
 
-    checkpoint = open_checkpoint(folder, ema=args.ema)
+    checkpoint = open_checkpoint(folder, ema={"ema": True, "trained": False, None: None}[args.weights])
     for flag in ("merge", "format"):
         if getattr(args, flag) and checkpoint.lora is None:
             raise ConfigError(f"--{flag} is for LoRA, and {folder} holds trained weights themselves; leave it out")
@@ -102,8 +104,8 @@ def _convert(args: argparse.Namespace) -> None:
     for flag in ("model", "out"):
         if getattr(args, flag) is None:
             raise ConfigError(f"{args.source} is a LoRA: give --{flag} too")
-    if args.ema:
-        raise ConfigError(f"--ema is for checkpoints, and {args.source} is a LoRA; leave it out")
+    if args.weights:
+        raise ConfigError(f"--weights is for checkpoints, and {args.source} is a LoRA; leave it out")
     forms = _forms(args, whole=args.merge)
     base = open_base(family_of(args.model).from_pretrained(args.model, load=()))
     lora = open_lora(args.source, base.shapes)

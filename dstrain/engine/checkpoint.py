@@ -7,6 +7,7 @@ finds, and another world size needs a conversion (each seen with DeepSpeed 0.19.
 
 import json
 import logging
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -67,9 +68,6 @@ def save(engine: "Engine", folder: Path, step: int, facts: Mapping[str, Any], ke
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
 
-    def written() -> list[Path]:
-        return sorted(p for p in partial.rglob("*") if p.is_file())
-
     def commit() -> None:
         manifest = {**facts, "format": FORMAT, "step": step, "files": {n: e for part in parts for n, e in part.items()}}
         write_json(partial / MANIFEST, manifest)
@@ -80,9 +78,10 @@ def save(engine: "Engine", folder: Path, step: int, facts: Mapping[str, Any], ke
             shutil.rmtree(old)
 
     phase(begin, everywhere=False)
-    phase(lambda: engine.master.write(partial / file_name(dist.get_rank())), everywhere=True)
-    files = phase(written, everywhere=False)[0]  # one listing for all: on a network drive each node may see its own
-    parts = phase(lambda: {str(p.relative_to(partial)): _digest(p) for p in _own_share(files)}, everywhere=True)
+    own = partial / file_name(dist.get_rank())
+    phase(lambda: engine.master.write(own), everywhere=True)
+    # Each rank reads its own file again, so that none is missed where a network drive shows others' late.
+    parts = phase(lambda: {own.name: _digest(own)}, everywhere=True)
     phase(commit, everywhere=False)
     return final
 
@@ -110,16 +109,27 @@ def find(folder: Path) -> Path | None:
     return None
 
 
-def set_aside_newer(path: Path) -> None:
-    """Hide the checkpoints after `path`: a run that goes on from there must not come back to the other branch."""
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Hide a run's checkpoints after `step`, lest what goes on from there comes back to the other branch; collective.
+
+    folder: RUN_DIR/checkpoints of the run that goes on; another run's checkpoints are never touched.
+    """
     if dist.get_rank() == 0:
-        for newer in _committed(path.parent):
-            if newer.name > path.name:
+        for newer in _committed(folder):
+            if newer.name > f"step-{step:08d}":
                 hidden = newer.with_name(f".set-aside-{newer.name}")
-                shutil.rmtree(hidden, ignore_errors=True)
+                number = 1
+                while hidden.exists():
+                    number += 1
+                    hidden = newer.with_name(f".set-aside-{newer.name}-{number}")
                 newer.rename(hidden)
                 log.warning("%s is newer than what is continued; it is kept as %s", newer, hidden.name)
     dist.barrier()
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of RUN_DIR/checkpoints by its name, undamaged or not; not collective."""
+    return next(iter(_committed(folder)), None)
 
 
 def damage(path: Path) -> str:
@@ -161,11 +171,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_facts(manifest: Mapping[str, Any], facts: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError if the run that saved `path` differs from this one in one of `facts`."""
+    """Raise CheckpointError if the run that saved `path` differs from this one in one of `facts`.
+
+    Digests among them are not spelt out where something else says what has changed.
+    """
     changed = [f"{k} was {manifest.get(k)!r}, is {v!r}" for k, v in facts.items() if manifest.get(k) != v]
     if changed:
+        shown = [text for text in changed if not re.match(r"\w+ was '[0-9a-f]{64}'", text)] or [
+            f"{k} is another" for k, v in facts.items() if manifest.get(k) != v
+        ]
         raise CheckpointError(
-            f"{path}: cannot be continued, since this run differs: {'; '.join(changed)}."
+            f"{path}: cannot be continued, since this run differs: {'; '.join(shown)}."
             " Change it back, or choose another run_dir"
         )
 

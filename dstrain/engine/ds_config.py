@@ -5,7 +5,7 @@ DeepSpeed refuses unknown keys inside some of its sections but ignores them at t
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ import torch
 from dstrain.config import Recipe
 from dstrain.engine import ds_schema
 from dstrain.engine.ds_optimizer import optimizer_section, settle
-from dstrain.engine.ds_rules import contradictions, gpu_only, offload, stage
+from dstrain.engine.ds_rules import conflicts, contradictions, gpu_only, offload, stage
 from dstrain.engine.ds_sizes import sizes
 from dstrain.errors import ConfigError, did_you_mean
 
@@ -93,6 +93,7 @@ def complete(
     path: Path,
     block: int = 0,
     largest: int = 0,
+    classes: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the JSON that DeepSpeed is given: the user's, with batch, optimizer, precision and sizes filled in.
 
@@ -104,12 +105,15 @@ def complete(
         path: the ds_config's, for messages.
         block: elements of one transformer block, 0 = not known: DeepSpeed's own sizes stay.
         largest: elements of the largest tensor.
+        classes: module.qualname of the model's modules' classes, for leaf_module; empty = not known, not checked.
 
-    Raises ConfigError where the JSON and the recipe, or the number of ranks, state different things.
+    Raises ConfigError where the JSON and the recipe, the number of ranks or the model do not go together.
     """
     assert settle(recipe, config, path) == recipe, "settle the recipe with the ds_config first"
     _check_batch(config, recipe, world_size, path)
     _check_ranks(config, world_size, bf16, path)
+    for conflict in conflicts(config, recipe, bf16=bf16, classes=classes):
+        raise ConfigError(f"{path}: {conflict}")
     done = {key: value for key, value in config.items() if key not in ("fp16", "scheduler")}
     # Packs differ in size and number from step to step: the trainer scales the loss by the global batch itself and
     # tells the engine where each accumulation ends, so to DeepSpeed a step is one micro-batch of one.

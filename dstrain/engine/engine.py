@@ -14,7 +14,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from dstrain.engine.ds_rules import stage
+from dstrain.engine.ds_rules import offload, stage
 from dstrain.engine.master import Master
 from dstrain.engine.moments import adam_of, adamw_8bit
 from dstrain.models.base import DiT
@@ -147,7 +147,8 @@ def build_engine(
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     if stage(config) == 3:
         fill_partitioned(module, fill, config, dtype)
-        if "leaf_module" not in config["zero_optimization"]:
+        # With leaf modules, DeepSpeed's prefetch from NVMe reads parameters that are already being read, and asserts.
+        if "leaf_module" not in config["zero_optimization"] and offload(config, "param") != "nvme":
             # One gather a block: hooks on each of its 32 tensors would cost more than the transfers.
             set_z3_leaf_modules(module, [module.block_class])
     else:

@@ -78,12 +78,12 @@ def check_files(path: Path) -> None:
         raise CheckpointError(f"{problem}; the checkpoint is damaged, take another")
 
 
-def open_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
+def open_checkpoint(path: Path, *, ema: bool | None = None) -> Checkpoint:
     """Open a checkpoint folder; of the tensors, only the files' headers are read.
 
     Args:
         path: RUN_DIR/checkpoints/step-N.
-        ema: take the averaged weights.
+        ema: take the averaged weights, or not; None takes them where there are any.
 
     Raises:
         CheckpointError: it is not a checkpoint, is damaged, or holds no averaged weights.
@@ -99,13 +99,15 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
                 raise CheckpointError(f"{path / name} is missing or has not {size} bytes; the checkpoint is damaged")
     except (KeyError, TypeError, ValueError, ConfigError) as e:
         raise CheckpointError(f"{path}: its manifest has no readable recipe ({e!r}); it is of another version") from e
-    state, kind = State(path), "ema" if ema else "weight"
+    state = State(path)
+    kind = "ema" if ema or (ema is None and "ema" in state.kinds) else "weight"
     if not all(state.has(kind, name) for name in state.shapes):
         raise CheckpointError(f"{path}: no averaged weights in it; the run had ema.decay: 0")
 
     def read(name: str) -> Tensor:
         return state.read(kind, name).view(state.shapes[name])
 
+    log.info("%s: the %s weights", path, "averaged" if kind == "ema" else "trained")
     lora = Lora(config, state.shapes, dict.fromkeys(state.shapes, torch.float32), read) if config.rank else None
     return Checkpoint(path, model, seed, lora, dtype, state.shapes, read)
 

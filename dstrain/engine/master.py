@@ -136,9 +136,11 @@ class Master:
         for group in self.groups:
             with group.in_memory():
                 pairs = [(self.average[f.name], f.of(group.flat)) for f in group.fragments if f.size]
-                if pairs:
-                    ours, theirs = zip(*((a, w.to(a.device, a.dtype, non_blocking=True)) for a, w in pairs))
-                    torch._foreach_lerp_(ours, theirs, 1 - decay)
+                if pairs and all(a.device == w.device and a.dtype == w.dtype for a, w in pairs):
+                    torch._foreach_lerp_(*zip(*pairs), 1 - decay)
+                    continue
+                for average, weight in pairs:  # one by one: a copy of a whole group would not always fit
+                    average.lerp_(weight.to(average.device, average.dtype), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -154,14 +156,15 @@ class Master:
         """Exchange weights and average where they have one dtype; where the weights are rounded, round them anew."""
         back = self._computes_with_average
         for group in self.groups:
-            for f in group.fragments:
-                weight, average = f.weight(), self.average[f.name]
-                if weight.dtype == average.dtype:
-                    kept = weight.clone()
-                    weight.copy_(average)
-                    average.copy_(kept)
-                else:
-                    weight.copy_(f.of(group.flat) if back else average)
+            with group.in_memory():
+                for f in group.fragments:
+                    weight, average = f.weight(), self.average[f.name]
+                    if weight.dtype == average.dtype:
+                        kept = weight.clone()
+                        weight.copy_(average)
+                        average.copy_(kept)
+                    else:
+                        weight.copy_(f.of(group.flat) if back else average)
         self._computes_with_average = not back
         _publish(self.ds.optimizer)
 

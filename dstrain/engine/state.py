@@ -85,7 +85,8 @@ class State:
         """Read the headers of all ranks' files.
 
         Raises:
-            CheckpointError: there are none, one is unreadable, or the slices of a parameter leave a gap or overlap.
+            CheckpointError: there are none, one is missing or unreadable, or the slices of a parameter leave a gap,
+                overlap, or have no weight.
         """
         self.folder = folder
         self.shapes: dict[str, torch.Size] = {}
@@ -94,8 +95,12 @@ class State:
         files = sorted(folder.glob(PATTERN))
         if not files:
             raise CheckpointError(f"{folder}: no {PATTERN} in it; it is not a checkpoint of this version")
-        for path in files:
+        for rank, path in enumerate(files):
+            if path.name != file_name(rank):
+                raise CheckpointError(f"{folder}: has {path.name} but no {file_name(rank)}; use another checkpoint")
             self._add(path)
+        for name in self.shapes:
+            self._slices.setdefault(("weight", name), [])
         for (kind, name), slices in self._slices.items():
             slices.sort(key=lambda item: item[0])
             end = 0
@@ -105,7 +110,8 @@ class State:
                 end += entry.shape[0]
             if end != prod(self.shapes[name]):
                 raise CheckpointError(
-                    f"{folder}: {kind} of {name!r} ends at {end} of {prod(self.shapes[name])} elements"
+                    f"{folder}: {kind} of {name!r} ends at {end} of {prod(self.shapes[name])} elements;"
+                    " a rank's file is missing or damaged, use another checkpoint"
                 )
 
     @property
@@ -130,14 +136,24 @@ class State:
     def _add(self, path: Path) -> None:
         entries, metadata = read_header(path)
         try:
-            slices = json.loads(metadata["slices"])
             self.optimizer_step = int(metadata["optimizer_step"])
-            for key, entry in entries.items():
-                kind, _, name = key.partition(":")
-                start, shape = slices[name]
-                if self.shapes.setdefault(name, torch.Size(shape)) != torch.Size(shape) or len(entry.shape) != 1:
-                    raise CheckpointError(f"{path}: {key!r} does not fit the other ranks' files")
-                if entry.shape[0]:
-                    self._slices.setdefault((kind, name), []).append((int(start), entry))
-        except (KeyError, TypeError, ValueError, RecursionError) as e:
+            slices = {name: (start, torch.Size(s)) for name, (start, s) in json.loads(metadata["slices"]).items()}
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
             raise CheckpointError(f"{path}: not a part of a checkpoint ({e!r})") from e
+        if self.optimizer_step < 0:
+            raise CheckpointError(f"{path}: not a part of a checkpoint (optimizer_step {self.optimizer_step})")
+        for name, (start, shape) in slices.items():
+            sizes = (start, prod(shape), *shape)
+            if type(start) is not int or min(sizes) < 0 or max(sizes) >= 1 << 63:
+                raise CheckpointError(
+                    f"{path}: the slice of {name!r} has start {start!r:.40} and shape {list(shape)!r:.80}"
+                )
+            if self.shapes.setdefault(name, shape) != shape:
+                raise CheckpointError(f"{path}: {name!r} has another shape here than in the other ranks' files")
+        for key, entry in entries.items():
+            kind, _, name = key.partition(":")
+            if name not in slices or len(entry.shape) != 1 or not entry.dtype.is_floating_point:
+                raise CheckpointError(f"{path}: {key!r} is not a floating-point slice of a parameter")
+            found = self._slices.setdefault((kind, name), [])
+            if entry.shape[0]:  # an empty one may begin where another does
+                found.append((slices[name][0], entry))

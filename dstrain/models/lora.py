@@ -38,7 +38,9 @@ def target_layers(model: DiT, patterns: Sequence[str]) -> list[str]:
                 f" the family's are {', '.join(model.lora_targets)}"
             )
         chosen |= found
-    return [name for name in layers if name in chosen and f"{name}.weight" not in model.unused]
+    if not (used := [name for name in layers if name in chosen and f"{name}.weight" not in model.unused]):
+        raise ConfigError(f"lora.targets: {', '.join(patterns)} match only layers that feed nothing; name others")
+    return used
 
 
 def add_adapters(model: DiT, config: LoraConfig, layers: Sequence[str]) -> None:

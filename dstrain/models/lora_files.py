@@ -18,6 +18,7 @@ comfy/weight_adapter/lora.py, whose norms of DoRA are those of LyCORIS.
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def open_lora(path: Path, shapes: Mapping[str, torch.Size]) -> Lora:
 
     Raises:
         CheckpointError: the file is missing or damaged, holds something else than LoRA of Linear layers, or does not
-            fit the model; names the key, and the nearest layer.
+            fit the model; names the key, and the nearest layer. `read` raises it for numbers that are not finite.
     """
     file = _find(path)
     entries, metadata = read_header(file)
@@ -154,6 +155,8 @@ def open_lora(path: Path, shapes: Mapping[str, torch.Size]) -> Lora:
         layer, part = _parse(file, key, layers, flat)
         if part == ALPHA:
             alphas[layer] = _positive(file, key, entry.read().item() if entry.shape.numel() == 1 else entry.shape)
+        elif not entry.dtype.is_floating_point:
+            raise CheckpointError(f"{file}: {key!r} is stored in {entry.dtype}; only floating-point LoRAs are read")
         elif found.setdefault(layer + part, entry) is not entry:
             raise CheckpointError(f"{file}: {key!r} is the second tensor for {layer + part!r}")
     if not found:
@@ -165,7 +168,14 @@ def open_lora(path: Path, shapes: Mapping[str, torch.Size]) -> Lora:
     else:
         settings = _settings(file, metadata, set(entries), rank, dora)
     plain = {n: torch.Size(e.shape[:1]) if n.endswith(MAGNITUDE) else e.shape for n, e in found.items()}
-    return Lora(settings, plain, {n: e.dtype for n, e in found.items()}, lambda n: found[n].read().view(plain[n]))
+    return Lora(settings, plain, {n: e.dtype for n, e in found.items()}, lambda n: _finite(n, found[n]).view(plain[n]))
+
+
+def _finite(name: str, entry: Entry) -> Tensor:
+    values = entry.read()
+    if not values.float().isfinite().all():  # torch has no isfinite of F8_E4M3
+        raise CheckpointError(f"{entry.path}: {name!r} has numbers that are not finite in fp32; the LoRA is damaged")
+    return values
 
 
 def _find(path: Path) -> Path:
@@ -245,7 +255,7 @@ def _common(file: Path, what: str, values: Mapping[str, T]) -> T:
 
 
 def _positive(file: Path, where: str, alpha: Any) -> float:
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
         raise CheckpointError(f"{file}: {where!r} must be a positive number, not {alpha!r:.40}")
     return float(alpha)
 

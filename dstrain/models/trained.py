@@ -17,7 +17,8 @@ def choose_trained(model: DiT, patterns: Sequence[str], lora: LoraConfig) -> Non
 
     Args:
         model: as its family builds it, on the meta device.
-        patterns: of the parameters that train; "!" in front takes out again. Without LoRA.
+        patterns: of the parameters that train, in turn; "!" in front takes out again, of all if it is the first.
+            Without LoRA.
         lora: adapters to train instead, and how the weights under them are kept.
 
     Raises:
@@ -34,17 +35,22 @@ def choose_trained(model: DiT, patterns: Sequence[str], lora: LoraConfig) -> Non
         add_adapters(model, lora, layers)
         return
     names = [name for name, _ in model.named_parameters()]
-    chosen = set[str]()
+    chosen = set(names) if patterns[0].startswith("!") else set[str]()
     for pattern in patterns:
         bare = pattern.removeprefix("!")
         found = {n for n in names if fnmatchcase(n, bare)}
         if not found:
-            raise ConfigError(f"train.parameters: {pattern!r} matches no parameter{did_you_mean(bare, names)}")
+            raise ConfigError(
+                f"train.parameters: {pattern!r} matches no parameter{did_you_mean(bare, names)}; names are those of the"
+                f" checkpoint, such as {names[-1]}, and * matches anything"
+            )
         chosen = chosen - found if pattern.startswith("!") else chosen | found
     for name, p in model.named_parameters():
         p.requires_grad_(name in chosen and name not in model.unused)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(f"train.parameters: {list(patterns)} leave nothing to train")
+        raise ConfigError(
+            f"train.parameters: {list(patterns)} leave nothing to train that has an effect; name other parameters"
+        )
 
 
 def start_values(

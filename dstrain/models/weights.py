@@ -125,10 +125,11 @@ def _files(folder: Path) -> list[Path]:
         return files
     try:
         names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{indexes[0]}: not a safetensors index ({e!r})") from e
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if name not in present:
             raise CheckpointError(f"{indexes[0]}: names {name!r}, which is not a file of this folder")
     return [folder / name for name in names]
 
@@ -143,7 +144,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise CheckpointError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
         try:
             header: dict[str, Any] = json.loads(f.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{path}: damaged safetensors header ({e})") from e
     if not isinstance(header, dict) or not isinstance(metadata := header.pop("__metadata__", {}), dict):
         raise CheckpointError(f"{path}: damaged safetensors header (no JSON object)")
@@ -152,10 +153,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
             dtype, shape = DTYPES[info["dtype"]], torch.Size(info["shape"])
             begin, end = (8 + length + int(offset) for offset in info["data_offsets"])
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise CheckpointError(f"{path}: tensor {name!r} has an unreadable entry ({e!r})") from e
-        if min(shape, default=0) < 0:
-            raise CheckpointError(f"{path}: tensor {name!r} has an unreadable entry (shape {list(shape)})")
+        if min(shape, default=0) < 0 or max(shape, default=0) >= 1 << 63:  # torch.Size holds any
+            raise CheckpointError(f"{path}: tensor {name!r} has an unreadable entry (shape {list(shape)!r:.80})")
         if not 8 + length <= begin <= end <= size or end - begin != prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{path}: tensor {name!r} lies outside the file; it was cut short ({size} bytes)")
         entries[name] = Entry(path, dtype, shape, begin, end)

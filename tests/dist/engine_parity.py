@@ -48,8 +48,8 @@ LORAS = {
 PATTERNS = {"blocks": ["transformer_blocks.*", "!*_mod.*"]}
 
 
-def make(what: str = "full") -> QwenImageDiT:
-    model = QwenImageDiT(PARAMS)
+def make(what: str = "full", params: QwenImageParams = PARAMS) -> QwenImageDiT:
+    model = QwenImageDiT(params)
     model.activations = ("full", "none", "attention")
     choose_trained(model, PATTERNS.get(what, ["*"]), LORAS.get(what, LORAS["full"]))
     return model
@@ -69,10 +69,10 @@ class _Noisy:
         return mean, max(std, 0.03)
 
 
-def plain_copy(what: str = "full") -> QwenImageDiT:
+def plain_copy(what: str = "full", params: QwenImageParams = PARAMS) -> QwenImageDiT:
     """The same model as one process has it."""
     with torch.device("meta"):
-        model = make(what)
+        model = make(what, params)
     trained = {n: p.requires_grad for n, p in model.named_parameters()}
     model.to_empty(device="cpu")
     with torch.no_grad():

@@ -9,9 +9,12 @@ from ranks import run_ranks
 from small_runs import ROOT, environment
 
 from dstrain.engine.ds_config import faults, load
-from dstrain.engine.ds_rules import gpu_only
 
 PRESETS = sorted((ROOT / "ds_configs").glob("*.json"))
+# hpZ's process groups are one a process; the others are run one after the other in the same two.
+ALONE = [p for p in PRESETS if p.stem == "zero3_hpz"]
+NVME = [p for p in PRESETS if "nvme" in p.stem]
+TOGETHER = [p for p in PRESETS if p not in ALONE + NVME]
 BUILD_NVME = """
 from dstrain.engine.distributed import keep_compiled_ops
 keep_compiled_ops()
@@ -36,12 +39,8 @@ def preset(path, drive):
     return config
 
 
-def held(tmp_path, path):
-    cases = {}
-    for what in ("full", "lora"):
-        for bf16 in (False, True):
-            cases[f"{path.stem} {what} {'bf16' if bf16 else 'fp32'}"] = Case(preset(path, tmp_path), what, bf16)
-    first, second = run_ranks(2, "engine_presets:follow", tmp_path, cases)
+def held(tmp_path, cases):
+    first, second = run_ranks(2, "engine_presets:follow", tmp_path, cases, timeout=570)
     for name, found in first.items():
         exact = "fp32" in name
         for step, (ours, loss, norm, want_norm) in enumerate(found.steps):
@@ -51,14 +50,20 @@ def held(tmp_path, path):
         assert found.gap < (1e-4 if exact else 1e-2), name
         assert found.moved > 1e-3, name
         assert [s[2] for s in found.steps] == [s[2] for s in second[name].steps], name
+    return first
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("path", [p for p in PRESETS if "nvme" not in p.stem], ids=lambda p: p.stem)
-def test_it_follows_plain_pytorch(tmp_path, path):
-    if keys := gpu_only(load(path)):
-        pytest.skip(f"{keys[0]} needs a GPU")
-    held(tmp_path, path)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("paths", [TOGETHER, ALONE], ids=["together", "alone"])
+def test_they_follow_plain_pytorch(tmp_path, paths):
+    cases = {
+        f"{path.stem} {what} {'bf16' if bf16 else 'fp32'}": Case(preset(path, tmp_path), what, bf16)
+        for path in paths
+        for what in ("full", "lora")
+        for bf16 in (False, True)
+    }
+    held(tmp_path, cases)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,14 @@ def nvme_op():
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in PRESETS if "nvme" in p.stem], ids=lambda p: p.stem)
-def test_it_follows_plain_pytorch_with_states_in_files(tmp_path, path, nvme_op):
-    held(tmp_path, path)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", NVME, ids=lambda p: p.stem)
+def test_it_follows_plain_pytorch_and_resumes_with_parameters_and_states_in_files(tmp_path, path, nvme_op):
+    name = f"{path.stem} full fp32"
+    config = preset(path, tmp_path)
+    config["zero_optimization"]["offload_param"]["max_in_cpu"] = 0  # else the first 1e9 elements stay in memory
+    case = Case(config, wide=True, folder=str(tmp_path / "checkpoints"))
+    found = held(tmp_path, {name: case})[name]
+    parameters, sub_groups = found.in_files
+    assert parameters > 0 and sub_groups > 0
+    assert found.resumed

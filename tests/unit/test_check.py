@@ -130,6 +130,15 @@ def test_weights_of_another_size(run, model):
     assert "misshapen   img_in.weight" in error
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_text_encoder_that_is_cut_short(run, model, gpu):
+    (file,) = (model / "text_encoder").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1000])
+    (error,) = run(f"model.path={model}", machine=Machine(ranks=2, gpu=gpu))["error"]
+    assert str(file) in error
+    assert "cut short" in error
+
+
 def test_an_index_that_leaves_its_folder(run, model):
     index = {"weight_map": {"img_in.weight": "../vae/diffusion_pytorch_model.safetensors"}}
     (model / "transformer/x.safetensors.index.json").write_text(json.dumps(index))
@@ -142,8 +151,20 @@ def test_a_gpu_elsewhere(run):
     assert found["error"] == []
     assert any("bfloat16" in line for line in found["ok"])
     assert any(line.startswith("memory: about ") for line in found["ok"])
-    assert any("cannot hide" in line for line in found["warning"])  # a tiny model on eight GPUs
-    assert not any("cannot hide" in line for line in run(machine=Machine(ranks=1, gpu=True))["warning"])
+    assert not any("cannot hide" in line for line in found["warning"])  # microseconds, of a tiny model
+
+
+def test_sums_in_bf16(run):
+    """Where the weights are bf16, and where a step has more than one micro-step."""
+    ds, gpu = {"bf16": {"enabled": "auto"}}, Machine(ranks=2, gpu=True)
+    (warning,) = [text for text in run("batch.tokens_per_pack=64", ds=ds, machine=gpu)["warning"] if "bf16" in text]
+    assert "zero_optimization.stage 0 adds the gradients of" in warning
+    assert "use stage 1" in warning
+    for given in (ds | {"zero_optimization": {"stage": 1}}, {}):
+        found = run("batch.tokens_per_pack=64", ds=given, machine=gpu)
+        assert found["error"] == []
+        assert not any("bf16" in text for text in found["warning"])
+    assert not any("bf16" in text for text in run("batch.tokens_per_pack=100000", ds=ds, machine=gpu)["warning"])
 
 
 def test_a_tiny_model_needs_no_offload(run):
@@ -225,8 +246,8 @@ def test_what_has_no_effect(run):
 
 def test_the_average_is_not_on_the_nvme_drive(run, tmp_path):
     zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
-    warnings = run("ema.decay=0.5", ds={"zero_optimization": zero})["warning"]
-    assert any("host memory" in warning for warning in warnings)
+    (error,) = run("ema.decay=0.5", ds={"zero_optimization": zero})["error"]
+    assert "ema does not go with zero_optimization.offload_optimizer nvme" in error
 
 
 def recipe(**sections: object) -> Recipe:
@@ -242,6 +263,8 @@ def recipe(**sections: object) -> Recipe:
 
 def test_a_plain_recipe_has_no_warning():
     assert list(of_recipe(recipe(), Machine(ranks=4, gpu=False))) == []
+    more = {"ema": {"decay": 0.9999}, "lora": {"rank": 4}, "sample": {"every": 5, "prompts": ["a cat"]}}
+    assert list(of_recipe(recipe(**more), Machine(ranks=4, gpu=False))) == []
 
 
 @pytest.mark.parametrize(
@@ -255,7 +278,8 @@ def test_a_plain_recipe_has_no_warning():
         ({"batch": {"global_batch_size": 9}}, "batch.global_batch_size = 9 is not a multiple of 4 ranks"),
         ({"model": {"path": "x", "activations": ["full", "offload"]}}, "model.activations: offload does nothing"),
         ({"model": {"path": "x", "encoders": "offload"}}, "model.encoders: offload does nothing"),
-        ({"ema": {"decay": 0.9999}}, "averages over 10,000 steps, and the run has 1,000"),
+        ({"model": {"path": "x", "init": "random"}, "lora": {"rank": 4}}, "random frozen weights learn nothing"),
+        ({"sample": {"prompts": ["a cat"]}}, "sample.prompts has no effect without sample.every"),
         ({"data": {"shards": ["x"], "workers": 256}}, "data.workers = 256 threads a rank"),
     ],
 )

@@ -155,12 +155,13 @@ def test_a_run_on_all_weights(tmp_path, model, trained, world):
     averages = {name: t + 1 for name, t in trained.items()}
     kinds = {"weight": trained, "ema": averages, "exp_avg": averages}
     checkpoint = write_checkpoint(run / "checkpoints" / "step-00000003", kinds, model, world=world)
-    dstrain_export(checkpoint)
-    out = run / "export-step-00000003"
-    assert_same(loaded(out), trained)
-    dstrain_export(checkpoint, "--ema", "--out", tmp_path / "ema")
+    dstrain_export(checkpoint)  # what a run with averages exports itself
+    assert_same(loaded(run / "export-step-00000003"), averages)
+    dstrain_export(checkpoint, "--weights", "ema", "--out", tmp_path / "ema")
     assert_same(loaded(tmp_path / "ema"), averages)
-    dstrain_export(checkpoint, "--dtype", "bf16", "--out", tmp_path / "bf16")
+    dstrain_export(checkpoint, "--weights", "trained", "--out", tmp_path / "trained")
+    assert_same(loaded(tmp_path / "trained"), trained)
+    dstrain_export(checkpoint, "--weights", "trained", "--dtype", "bf16", "--out", tmp_path / "bf16")
     assert_same(loaded(tmp_path / "bf16"), {n: t.bfloat16().float() for n, t in trained.items()})
     file = next((tmp_path / "bf16" / "transformer").glob("*.safetensors"))
     assert {t.dtype for t in load_file(file).values()} == {torch.bfloat16}
@@ -240,7 +241,7 @@ def test_lora_of_averaged_weights_in_all_forms_needs_no_base(tmp_path, model, ba
     lora = adapters(base, 3)
     kinds = {"weight": lora, "ema": {n: t * 2 for n, t in lora.items()}}
     checkpoint = write_checkpoint(tmp_path / "c", kinds, Path("gone"), lora={"rank": 3}, dtype=torch.bfloat16)
-    dstrain_export(checkpoint, "--ema", "--format", "all", "--out", tmp_path / "lora")
+    dstrain_export(checkpoint, "--weights", "ema", "--format", "all", "--out", tmp_path / "lora")
     shapes = {name: t.shape for name, t in base.items()}
     for file in FILES.values():
         tensors, settings = read_lora(tmp_path / "lora" / file, shapes)
@@ -313,7 +314,7 @@ def test_what_cannot_be_done_is_refused(tmp_path, model, base, trained):
 
     refused(CheckpointError, "no such file or folder", tmp_path / "none", *out)
     refused(CheckpointError, "neither a checkpoint .* nor a LoRA file", model, *out)
-    refused(CheckpointError, "no averaged weights", full, "--ema", *out)
+    refused(CheckpointError, "no averaged weights", full, "--weights", "ema", *out)
     refused(ConfigError, "--merge is for LoRA", full, "--merge", *out)
     refused(ConfigError, "--format is for LoRA", full, "--format", "comfyui", *out)
     refused(ConfigError, "give one of them", lora, "--merge", "--format", "comfyui", *out)
@@ -325,7 +326,16 @@ def test_what_cannot_be_done_is_refused(tmp_path, model, base, trained):
     refused(ConfigError, "lies inside the model's", full, "--out", model / "vae" / "out")
     refused(ConfigError, "is a LoRA: give --model too", tmp_path / "x.safetensors", *out)
     refused(ConfigError, "is a LoRA: give --out too", tmp_path / "x.safetensors", "--model", model)
-    refused(ConfigError, "--ema is for checkpoints", tmp_path / "x.safetensors", "--model", model, *out, "--ema")
+    refused(
+        ConfigError,
+        "--weights is for checkpoints",
+        tmp_path / "x.safetensors",
+        "--model",
+        model,
+        *out,
+        "--weights",
+        "ema",
+    )
     assert set(tmp_path.iterdir()) == before
     assert not (model / "vae" / "out").exists()
 

@@ -43,8 +43,8 @@ def random_lora(shapes: dict[str, torch.Size], settings: LoraConfig, dtype: torc
     tensors = {}
     for layer in LAYERS:
         out, wide = shapes[f"{layer}.weight"]
-        tensors[f"{layer}.lora_A.weight"] = torch.randn(settings.rank, wide, generator=generator).to(dtype) / 4
-        tensors[f"{layer}.lora_B.weight"] = torch.randn(out, settings.rank, generator=generator).to(dtype) / 4
+        tensors[f"{layer}.lora_A.weight"] = (torch.randn(settings.rank, wide, generator=generator) / 4).to(dtype)
+        tensors[f"{layer}.lora_B.weight"] = (torch.randn(out, settings.rank, generator=generator) / 4).to(dtype)
         if settings.dora:
             tensors[f"{layer}.lora_magnitude_vector"] = 1 + torch.rand(out, generator=generator).to(dtype)
     return of_tensors(tensors, settings)
@@ -295,6 +295,11 @@ Q = f"diffusion_model.{LAYERS[0]}"
         (changed("diffusion_model.transformer_blocks.0.attn.norm_q.lora_A.weight", torch.zeros(4, 1)), "no Linear"),
         (changed("lora_te_text_model_0_q.lora_down.weight", torch.zeros(4, 64)), "no Linear layer of this model"),
         (lambda tensors: {}, "no LoRA in it"),
+        (
+            changed(f"{Q}.lora_A.weight", torch.ones(4, 64, dtype=torch.int32)),
+            "lora_A.weight' is stored in .*int32",
+        ),
+        (changed(f"{Q}.dora_scale", torch.ones(64, 1, dtype=torch.int64)), "dora_scale' is stored in .*int64"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, shapes, change, says):
@@ -305,6 +310,30 @@ def test_what_does_not_fit_is_refused(tmp_path, shapes, change, says):
         open_lora(tmp_path, shapes)
     assert str(tmp_path / FILES["comfyui"]) in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_numbers_that_are_not_finite_are_refused_when_read(tmp_path, shapes, dtype, value):
+    lora = random_lora(shapes, KINDS["plain"], dtype)
+    lora.read(name := f"{LAYERS[1]}.lora_B.weight").view(-1)[-1:] = torch.tensor([value]).to(dtype)
+    write_lora(tmp_path, "diffusers", lora)
+    opened = open_lora(tmp_path, shapes)
+    assert opened.read(f"{LAYERS[1]}.lora_A.weight").dtype == dtype
+    with pytest.raises(CheckpointError, match=f"'{name}' has numbers that are not finite") as e:
+        opened.read(name)
+    assert str(tmp_path / FILES["diffusers"]) in str(e.value)
+
+
+def test_fp8_is_read_and_its_nan_is_refused(tmp_path, shapes):
+    lora = random_lora(shapes, KINDS["plain"], torch.float8_e4m3fn)
+    write_lora(tmp_path, "diffusers", lora)
+    tensors, _ = read_lora(tmp_path, shapes)
+    assert all(torch.equal(tensors[name].float(), lora.read(name).float()) for name in lora.shapes)
+    lora.read(name := f"{LAYERS[0]}.lora_A.weight").view(torch.uint8)[0, 0] = 0x7F
+    write_lora(tmp_path, "diffusers", lora)
+    with pytest.raises(CheckpointError, match=f"'{name}' has numbers that are not finite"):
+        read_lora(tmp_path, shapes)
 
 
 def test_different_ranks_are_refused(tmp_path, shapes):
@@ -324,6 +353,7 @@ def test_different_ranks_are_refused(tmp_path, shapes):
         ({"use_dora": True}, "rank 3 with DoRA does not fit"),
         ({"lora_alpha": None}, "'lora_alpha' must be a positive number, not None"),
         ({"lora_alpha": 0}, "must be a positive number"),
+        ({"lora_alpha": int("9" * 400)}, "must be a positive number, not 9999"),
         ({"alpha_pattern": {"to_q": 5}}, "different alphas"),
         ({"alpha_pattern": [5]}, "different alphas"),
     ],

@@ -169,17 +169,9 @@ def test_ds_config(refuse, tmp_path, text, says):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
-@pytest.mark.parametrize(
-    "zero",
-    [
-        '{"stage": 3, "zero_quantized_weights": true}',
-        '{"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": true}}',
-        '{"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {}}',
-    ],
-)
-def test_what_only_a_gpu_can(refuse, tmp_path, zero):
+def test_what_only_a_gpu_can(refuse, tmp_path):
     path = tmp_path / "ds.json"
-    path.write_text(f'{{"zero_optimization": {zero}}}')
+    path.write_text('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}')
     assert "needs an NVIDIA GPU" in refuse(ds=path)
 
 

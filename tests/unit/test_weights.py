@@ -105,11 +105,16 @@ def raw(header: object, size: int = 100) -> bytes:
         (raw({"a": {"dtype": "F32", "shape": [200], "data_offsets": [0, 800]}}), "outside"),
         (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "outside"),
         (raw({"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}), "unreadable"),
+        (raw({"a": {"dtype": "F32", "shape": [0, 10**400], "data_offsets": [0, 0]}}), "unreadable"),
         (raw({"a": {"dtype": "Q7", "shape": [2], "data_offsets": [0, 8]}}), "unreadable"),
         (raw({"a": {"shape": [2]}}), "unreadable"),
         (raw({"a": 3}), "unreadable"),
         (raw([{"a": 3}]), "damaged"),
         (raw({"__metadata__": 3}), "damaged"),
+        (raw(b"[" * 200_000), "damaged"),
+        (raw(b'{"a": ' + b"9" * 5000 + b"}"), "damaged"),
+        (raw(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, Infinity]}}'), "unreadable"),
+        (raw(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [NaN, 8]}}'), "unreadable"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, content, says):
@@ -147,3 +152,28 @@ def test_folder_errors(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text("[]")
     with pytest.raises(CheckpointError, match="not a safetensors index"):
         Weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("[" * 200_000, "not a safetensors index"),
+        ('{"weight_map": {"a": ' + "9" * 5000 + "}}", "not a safetensors index"),
+        ('{"weight_map": {"a": 5, "b": "x.safetensors"}}', "not a safetensors index"),
+        ('{"weight_map": {"a": ["x.safetensors"]}}', "not a safetensors index"),
+        ('{"weight_map": {"a": 5}}', "names 5, which is not a file of this folder"),
+        ('{"weight_map": {"a": null}}', "names None, which is not a file of this folder"),
+        ('{"weight_map": {"a": ""}}', "not a file of this folder"),
+        ('{"weight_map": {"a": ".."}}', "not a file of this folder"),
+        ('{"weight_map": {"a": "folder"}}', "not a file of this folder"),
+        ('{"weight_map": {"a": "' + "x" * 5000 + '"}}', "not a file of this folder"),
+        ('{"weight_map": {"a": "x\\u0000"}}', "not a file of this folder"),
+    ],
+)
+def test_index_that_names_no_files_is_refused(tmp_path, index, says):
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "m.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=says) as e:
+        Weights(tmp_path)
+    assert "m.safetensors.index.json" in str(e.value)

@@ -1,8 +1,9 @@
 """Which ds_config is best: the one with the lowest floor of the step's time among those that fit."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from dstrain.engine.estimate.core import Estimate, estimate
 from dstrain.engine.estimate.load import Load
@@ -10,14 +11,23 @@ from dstrain.engine.estimate.machine import Machine
 from dstrain.engine.estimate.plan import Choice
 
 CPU, NVME = {"device": "cpu"}, {"device": "nvme"}
-WEIGHTS_STAY = "no offload_param"
+PINNED = {**CPU, "pin_memory": True}
 RATIOS = [i / 20 for i in range(1, 20)]  # of Twin-Flow
 MOST_GPUS = 1024
+OPTIMIZER_ONLY = "zero3_offload, optimizer only"
+LIGHTER: Mapping[str, tuple[Literal["offload", "absent"], ...]] = {  # places for the encoders
+    "resident": ("offload", "absent"),
+    "offload": ("absent",),
+    "absent": (),
+}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A ds_config and what it needs. `name` begins with that of a file in ds_configs/; `change` is what to change."""
+    """A ds_config and what it needs. `name` begins with that of a file in ds_configs/.
+
+    change: the section to put there instead, as JSON to be pasted; "" = the file as it is.
+    """
 
     name: str
     estimate: Estimate
@@ -49,42 +59,46 @@ def advise(load: Load, machine: Machine, choice: Choice | None = None, base: Map
         return Advice(None, found, _missing(found, load, machine, choice, base))
     best = min(fitting, key=lambda c: c.estimate.traffic.seconds)  # of equals the first, which is the simplest
     steps = f"{best.estimate.traffic.seconds:.2f} s a step at least, bound by {best.estimate.traffic.bound}"
-    change = f" with {best.change}" if best.change else ""
-    return Advice(best, found, f"{best.name.split(',')[0]}{change}: {steps}")
+    name, change = best.name.split(",")[0], f" with {best.change}" if best.change else ""
+    return Advice(best, found, f"{name}: {steps} (ds_configs/{name}.json{change})")
 
 
 def candidates(
     load: Load, machine: Machine, choice: Choice, base: Mapping[str, Any] | None = None
 ) -> Iterator[Candidate]:
     """Yield every ds_config that there is for this machine, the simplest first."""
-    for name, zero, change in _settings(machine):
-        yield Candidate(name, _estimate(zero, load, machine, choice, base), change)
-        if change == WEIGHTS_STAY:
+    for name, zero, changed in _settings(machine, choice):
+        yield Candidate(name, _estimate(zero, load, machine, choice, base), _change(zero) if changed else "")
+        if name == OPTIMIZER_ONLY:
             yield _twin_flow(load, machine, choice, base)
+
+
+def _change(zero: dict[str, Any]) -> str:
+    return json.dumps({"zero_optimization": zero})[1:-1]
 
 
 def _twin_flow(load: Load, machine: Machine, choice: Choice, base: Mapping[str, Any] | None) -> Candidate:
     """Keep as much of the optimizer on the GPU as fits there; all but a twentieth in the host if nothing does."""
     for ratio in RATIOS:
-        zero = {"stage": 3, "offload_optimizer": {**CPU, "ratio": ratio}}
+        zero = {"stage": 3, "offload_optimizer": {**PINNED, "ratio": ratio}}
         found = _estimate(zero, load, machine, choice, base)
         if found.device <= machine.fits_gpu:
             break
-    return Candidate(f"zero3_offload, ratio {ratio:g}", found, f"offload_optimizer.ratio {ratio:g}, {WEIGHTS_STAY}")
+    return Candidate(f"zero3_offload, ratio {ratio:g}", found, _change(zero))
 
 
-def _settings(machine: Machine) -> Iterator[tuple[str, dict[str, Any], str]]:
-    yield "zero1", {"stage": 1}, ""
-    yield "zero2", {"stage": 2, "overlap_comm": True}, ""
-    yield "zero3", {"stage": 3}, ""
+def _settings(machine: Machine, choice: Choice) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield a name, its zero_optimization, and whether that differs from the file's."""
+    yield "zero1", {"stage": 1}, False
+    yield "zero2", {"stage": 2, "overlap_comm": True}, False
+    yield "zero3", {"stage": 3}, False
     if machine.nodes > 1 and machine.gpus > 1:
-        zero = {"stage": 3, "zero_hpz_partition_size": machine.gpus}
-        yield "zero3_hpz", zero, f"zero_hpz_partition_size {machine.gpus}"
-    yield "zero2_offload", {"stage": 2, "overlap_comm": True, "offload_optimizer": CPU}, ""
-    yield "zero3_offload, optimizer only", {"stage": 3, "offload_optimizer": CPU}, WEIGHTS_STAY
-    yield "zero3_offload", {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}, ""
-    if machine.nvme:
-        yield "zero3_nvme", {"stage": 3, "offload_optimizer": NVME, "offload_param": NVME}, ""
+        yield "zero3_hpz", {"stage": 3, "zero_hpz_partition_size": machine.gpus}, True
+    yield "zero2_offload", {"stage": 2, "overlap_comm": True, "offload_optimizer": CPU}, False
+    yield OPTIMIZER_ONLY, {"stage": 3, "offload_optimizer": PINNED}, True
+    yield "zero3_offload", {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}, False
+    if machine.nvme and choice.ema == "none":  # with an average the trainer refuses it
+        yield "zero3_nvme", {"stage": 3, "offload_optimizer": NVME, "offload_param": NVME}, False
 
 
 def _estimate(
@@ -97,6 +111,12 @@ def _estimate(
 def _missing(
     found: tuple[Candidate, ...], load: Load, machine: Machine, choice: Choice, base: Mapping[str, Any] | None
 ) -> str:
+    lighter = list(_lighter(choice))
+    for other, flags in lighter:
+        name = next((c.name for c in candidates(load, machine, other, base) if c.estimate.fits), None)
+        if name:
+            return f"none fits as asked; with {flags}: {name}"
+
     def lacks(c: Candidate) -> float:
         return max(c.estimate.device / machine.fits_gpu, c.estimate.node / machine.fits_host)
 
@@ -109,9 +129,21 @@ def _missing(
         )
         if have > allowed
     ]
-    wider = _smallest(load, machine, choice, base)
+    found_wider = ((_smallest(load, machine, other, base), flags) for other, flags in [(choice, ""), *lighter])
+    wider, flags = next(((count, flags) for count, flags in found_wider if count), ("", ""))
     more = f"the smallest number of such GPUs that fits: {wider}" if wider else f"nor do {MOST_GPUS:,} such GPUs"
+    more += f", with {flags}" if flags else ""
     return f"none fits; the nearest, {near.name}, needs {' and '.join(short)}; {more}"
+
+
+def _lighter(choice: Choice) -> Iterator[tuple[Choice, str]]:
+    """Yield what needs less memory than what is asked for, the least change first, and the flags that say it."""
+    flags = ""
+    if not {"full", "offload"}.issuperset(choice.activations):
+        choice, flags = replace(choice, activations=("full",)), "--activations full "
+        yield choice, flags.strip()
+    for place in LIGHTER[choice.encoders]:
+        yield replace(choice, encoders=place), f"{flags}--encoders {place}"
 
 
 def _smallest(load: Load, machine: Machine, choice: Choice, base: Mapping[str, Any] | None) -> str:

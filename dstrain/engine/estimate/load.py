@@ -1,12 +1,12 @@
 """What is to be trained, in counts: all that an estimate needs to know of a model and of a pack."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dstrain.engine.ds_sizes import PERSISTENT
 from dstrain.models.base import DiT
 from dstrain.models.packing import PackLayout
 from dstrain.models.storage import SCALE
@@ -26,7 +26,8 @@ class Load:
     block: int = 0  # parameters of the largest block
     largest: int = 0  # elements of the largest parameter
     tensors: int = 0  # parameters, counted as tensors
-    persistent: int = 0  # elements in tensors so small that ZeRO-3 never partitions them
+    # (elements of a tensor; all elements in such tensors that are kept as the ds_config says; bytes of the others)
+    sizes: tuple[tuple[int, int, int], ...] = ()
     encoder_bytes: float = 0.0  # of VAE and text encoder
     samples: int = 1  # of a pack
     tokens: int = 0  # of a pack
@@ -37,6 +38,10 @@ class Load:
     def parameters(self) -> int:
         """All parameters, in whatever form they are kept."""
         return self.frozen + self.trained + self.stored_elements
+
+    def persistent(self, threshold: int, word: int) -> int:
+        """Bytes, at `word` a number, of the tensors of at most `threshold` elements: ZeRO-3 keeps them on each rank."""
+        return sum(word * elements + kept for size, elements, kept in self.sizes if size <= threshold)
 
     @property
     def train_flops(self) -> float:
@@ -53,21 +58,24 @@ def load_of(model: DiT, samples: Sequence[tuple[int, int]], *, encoder_bytes: fl
         samples: (image tokens, text tokens) of each sample of the pack, each at least 1.
         encoder_bytes: of VAE and text encoder; 0 = the data are encoded already.
     """
-    frozen = trained = matrices = stored = stored_elements = persistent = 0
+    frozen = trained = matrices = stored = stored_elements = 0
+    plain, low = defaultdict[int, int](int), defaultdict[int, int](int)
     named = list(model.named_parameters())
     layers = dict(model.named_modules())
     for name, p in named:
         layer = layers[name.rpartition(".")[0]]
-        persistent += p.numel() if p.numel() < PERSISTENT else 0
+        kept = p.nbytes if p.dtype is torch.uint8 else p.numel() * 2 if name.endswith(SCALE) else 0
+        plain[p.numel()] += 0 if kept else p.numel()
+        low[p.numel()] += kept
         if p.requires_grad:
             trained += p.numel()
             matrices += p.numel() if p.ndim == 2 else 0
         elif p.dtype is torch.uint8:
-            stored += p.nbytes
+            stored += kept
             assert isinstance(layer, nn.Linear)
             stored_elements += layer.in_features * layer.out_features
         elif name.endswith(SCALE):
-            stored += p.numel() * 2
+            stored += kept
         else:
             frozen += p.numel()
     blocks = [m for m in model.modules() if isinstance(m, model.block_class)]
@@ -82,7 +90,7 @@ def load_of(model: DiT, samples: Sequence[tuple[int, int]], *, encoder_bytes: fl
         block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
         largest=max(p.numel() for _, p in named),
         tensors=len(named),
-        persistent=persistent,
+        sizes=tuple((size, plain[size], low[size]) for size in sorted(plain)),
         encoder_bytes=encoder_bytes,
         samples=len(samples),
         tokens=sum(image + text for image, text in samples),

@@ -18,7 +18,7 @@ class Machine:
     gpu_bytes: float = 80e9
     host_bytes: float = 1000e9  # of a node
     nvlink: float = 370e9  # of a GPU, as a collective sees it
-    network: float = 50e9  # into a node, all its adapters together
+    network: float = 400e9  # into a node, all its adapters together: 8 x 400 Gb/s
     pcie: float = 50e9  # of a GPU, in each direction
     dram: float = 400e9  # of a node
     nvme: float = 0.0  # of a node; 0 = it has no drive for this

@@ -58,11 +58,11 @@ def _states(plan: Plan, load: Load) -> tuple[dict[str, float], dict[str, float]]
     share, weights = plan.shard(t, 1), plan.shard(word * (load.frozen + t) + load.stored, 3)
     device, host = {"weights": weights}, dict[str, float]()
     if plan.stage == 3:
-        device["weights"] += word * load.persistent * (1 - 1 / plan.ranks)
+        device["weights"] += load.persistent(plan.persistence, word) * (1 - 1 / plan.ranks)
         device["weights"] += (word * (load.frozen + t) + load.stored) / plan.group if plan.group > 1 else 0.0
     if plan.parameters != "none":
         host["weights"] = weights if plan.parameters == "cpu" else min(weights, plan.swap_bytes)
-        device["weights"] = word * load.persistent
+        device["weights"] = load.persistent(plan.persistence, word)
     gradients, on_host = _gradients(plan, t)
     device["gradients"] = gradients
     if plan.optimizer == "none":
@@ -116,8 +116,10 @@ def _buffers(plan: Plan, load: Load, activations: float) -> dict[str, float]:
     weights = word * (load.frozen + t) + load.stored
     buckets, passing, gathered = float(word * min(plan.bucket, t)), float(word * min(load.largest, t)), 0.0
     if plan.stage == 3:
+        buckets = float(word * plan.bucket)  # allocated whole, however little trains
         live = min(load.parameters, max(load.block, plan.live))
         gathered = weights * live / max(1, load.parameters)
+        gathered = min(gathered, weights - load.persistent(plan.persistence, word))
         gathered += word * load.largest if load.stored else 0.0  # a matrix whose low-bit weights are expanded
     elif plan.stage == 2 or plan.optimizer != "none":
         buckets *= 2 if plan.overlap else 1

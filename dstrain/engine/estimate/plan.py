@@ -51,6 +51,7 @@ class Plan:
     bucket: int
     live: int
     reuse: int
+    persistence: int  # the largest tensor that stage 3 leaves whole
     tile: int
     swap_buffers: int  # of an NVMe drive: tiles of fp32, and bytes for weights
     swap_bytes: float
@@ -88,6 +89,7 @@ class Plan:
             bucket=int(zero.get("reduce_bucket_size", 5e8)),
             live=int(zero.get("stage3_max_live_parameters", 1e9)),
             reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
+            persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)) if level == 3 else 0,
             tile=int(zero.get("sub_group_size", 1e9)),
             swap_buffers=states.get("buffer_count", 4),
             swap_bytes=weights.get("buffer_count", 5) * weights.get("buffer_size", 1e8) * word,

@@ -1,5 +1,6 @@
 """An estimate as lines for a terminal and as data for a file. GB are 1e9 bytes throughout."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,19 +10,23 @@ from dstrain.engine.estimate.load import Load
 from dstrain.engine.estimate.machine import Machine
 
 GB = 1e9
+WORDS = {
+    "passing gradients": "of the largest tensor (at stage 1 of all) until they are reduced and added up",
+    "pinned rounding": "PyTorch makes page-locked buffers in powers of two; what of them is unused",
+}
 
 
-def heading(name: str, load: Load, machine: Machine) -> list[str]:
-    """Say what the estimate is for and what it assumes."""
+def heading(name: str, load: Load, machine: Machine, source: str) -> list[str]:
+    """Say what the estimate is for, where the pack's samples come from (`source`), and what it assumes."""
     m = machine
     low = f", {load.stored_elements:,} of them kept in {load.stored / GB:,.1f} GB" if load.stored else ""
     gpus = f"{m.nodes} node{'s' * (m.nodes > 1)} x {m.gpus} GPU{'s' * (m.gpus > 1)}"
-    each = load.flops / load.samples
+    each, train = load.flops / load.samples, load.train_flops / load.samples
     nvme = f" and {m.nvme / GB:g} GB/s NVMe" if m.nvme else ""
     return [
         f"model      {name}: {load.parameters:,} parameters, {load.trained:,} trained{low}",
-        f"pack       {load.samples} sample{'s' * (load.samples > 1)}, {load.tokens:,} tokens a rank;"
-        f" {each / 1e12:,.3g} TFLOP forward, {load.train_flops / load.samples / 1e12:,.3g} TFLOP training a sample",
+        f"pack       {load.samples} sample{'s' * (load.samples > 1)}, {load.tokens:,} tokens a rank ({source});",
+        f"           {each / 1e12:,.3g} TFLOP forward, {train / 1e12:,.3g} TFLOP training a sample",
         f"machine    {gpus} of {m.gpu_bytes / GB:,.0f} GB, {m.host_bytes / GB:,.0f} GB host memory a node",
         f"assumed    {m.nvlink / GB:g} GB/s NVLink and {m.pcie / GB:g} GB/s PCIe a GPU,"
         f" {m.network / GB:g} GB/s network, {m.dram / GB:g} GB/s DRAM{nvme} a node;",
@@ -45,10 +50,13 @@ def parts(name: str, e: Estimate) -> list[str]:
     if late:
         lines.append(f"  The optimizer's moments, {' and '.join(late)} a rank, appear at the first step() only.")
     links = [f"{link} {size / GB:,.3g}" for link, size in e.traffic.links.items() if size]
-    times = [f"{part} {s:.3g}" for part, s in e.traffic.times.items() if s]
+    twice = {"compute": " with recomputation"} if e.traffic.flops > e.traffic.useful_flops else {}
+    times = [f"{part} {s:.3g}{twice.get(part, '')}" for part, s in e.traffic.times.items() if s]
     lines.append(f"  GB a step: {', '.join(links) or 'none'} (nvlink and pcie of a GPU, the others of a node)")
-    lines.append(f"  seconds a step, each alone: {', '.join(times)}")
-    return lines
+    lines += textwrap.wrap(
+        f"seconds a step, each alone: {', '.join(times)}", 118, initial_indent="  ", subsequent_indent=" " * 30
+    )
+    return lines + [f"  {part}: {why}" for part, why in WORDS.items() if part in {*memory.device, *memory.host}]
 
 
 def late_parts(e: Estimate) -> list[tuple[str, float]]:

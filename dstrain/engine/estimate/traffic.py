@@ -101,10 +101,11 @@ def _collectives(plan: Plan, load: Load, machine: Machine) -> tuple[float, float
         again = 1 if plan.reuse < load.block and _share(plan, load, "full") else 0
         gathers = 2 + again
         far = 1 if plan.group > 1 else gathers  # with hpZ the backward gathers from the node's own copy
+        kept = load.persistent(plan.persistence, word)  # gathered once, when the step has changed it
         reduced = word * t
         return (
-            micro * (gathers * weights + reduced) * inside,
-            micro * (far * weights + reduced) * between,
+            (micro * (gathers * (weights - kept) + reduced) + kept) * inside,
+            (micro * (far * (weights - kept) + reduced) + kept) * between,
         )
     if plan.stage == 2:  # each bucket is reduced to all; then the new weights go round
         total = word * (2.0 * micro + 1) * t
