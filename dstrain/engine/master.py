@@ -137,7 +137,7 @@ class Master:
             with group.in_memory():
                 pairs = [(self.average[f.name], f.of(group.flat)) for f in group.fragments if f.size]
                 if pairs and all(a.device == w.device and a.dtype == w.dtype for a, w in pairs):
-                    torch._foreach_lerp_(*zip(*pairs), 1 - decay)
+                    torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - decay)
                     continue
                 for average, weight in pairs:  # one by one: a copy of a whole group would not always fit
                     average.lerp_(weight.to(average.device, average.dtype), 1 - decay)

@@ -6,7 +6,7 @@ import torch
 from dstrain.config import LoraConfig
 from dstrain.errors import ConfigError
 from dstrain.models.init import initial_slice
-from dstrain.models.lora import A, B, MAGNITUDE, adapter_fill, plain_name, target_layers
+from dstrain.models.lora import MAGNITUDE, A, B, adapter_fill, plain_name, target_layers
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 from dstrain.models.trained import choose_trained, start_values
 
