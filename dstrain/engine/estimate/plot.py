@@ -36,9 +36,9 @@ def draw(rows: Sequence[tuple[Machine, Advice]], out: Path, title: str, at: int)
         title: what the estimate is for.
         at: which of the rows the middle panel shows.
     """
-    figure = Figure(figsize=(16, 6.2), dpi=100)
+    figure = Figure(figsize=(16, 6.6), dpi=100)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 0.95, 1))
-    figure.subplots_adjust(left=0.04, right=0.868, top=0.82, bottom=0.3, wspace=0.16)
+    figure.subplots_adjust(left=0.04, right=0.83, top=0.83, bottom=0.36, wspace=0.16)
     figure.text(0.04, 0.93, title, size=17, weight="bold", color=INK)
     shown = [_shown(advice) for _, advice in rows]
     names = [f"{machine.ranks:,}" for machine, _ in rows]
