@@ -8,7 +8,7 @@ model allocates for nothing. The blocks are equal and gathered whole, so a block
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dstrain.engine.ds_rules import stage
+from dstrain.engine.ds_rules import offload, stage
 
 PERSISTENT = 100_000  # DeepSpeed's default: norms and biases stay on each rank, matrices do not
 BUCKET = 500_000_000  # DeepSpeed's default; a larger one gains nothing
@@ -46,4 +46,9 @@ def sizes(config: Mapping[str, Any], block: int, largest: int) -> dict[str, Size
             # Twin-Flow keeps whole tiles on the GPU, so there the tiles must be smaller than its shares.
             "sub_group_size": Size(unit // 2 if ratio < 1 else unit, "a block is updated at a time"),
         }
+    if offload(config, "param") == "nvme":  # DeepSpeed has a buffer for each of few, and holds one while it is live
+        none = Size(0, "parameters come from NVMe one by one, and go at once")
+        found |= dict.fromkeys(
+            ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), none
+        )
     return {key: size for key, size in found.items() if key not in zero}

@@ -782,3 +782,11 @@ def test_the_curve_is_deepspeeds_without_its_steps_at_zero(section, late):
             continue  # DeepSpeed's cosine leaves out the peak
         behind = 2 if step < o.warmup_steps else late - 1
         assert o.lr * lr_factor(o, step, 60) == pytest.approx(theirs[step + behind], abs=1e-12), step
+
+
+def test_parameters_on_nvme_are_neither_prefetched_nor_kept(tmp_path):
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    found = sizes({"zero_optimization": zero}, block=1000, largest=300)
+    for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        assert found[key].elements == 0
+    assert found["reduce_bucket_size"].elements == 500
