@@ -38,7 +38,7 @@ def test_other_optimizers_continue_to_rounding(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_continued_at_any_world_size_and_stage(tmp_path):
     """From zero3 on 2 ranks to each other combination: the losses of the run that never stopped, to an ulp or two."""
-    ways = [(1, "zero3"), (4, "zero3"), (1, "zero2_offload"), (2, "zero1"), (2, "zero0"), (4, "zero3_offload")]
+    ways = [(4, "zero3"), (1, "zero2_offload"), (2, "zero0"), (2, "zero1")]
     begin = str(tmp_path / "begin")
     run_ranks(2, "engine_resume:run_and_save", tmp_path, configs()["zero3"], "full", begin, 0, 2)
     saved = f"{begin}/step-00000002"

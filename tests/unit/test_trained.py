@@ -30,8 +30,11 @@ def shapes():
     return {n: p.shape for n, p in model().named_parameters()}
 
 
+MODEL = model()
+
+
 def base(name, shape, start, stop):
-    return initial_slice(model(), name, shape, 7, start, stop)
+    return initial_slice(MODEL, name, shape, 7, start, stop)
 
 
 def test_everything_trains_but_what_feeds_nothing():
@@ -93,7 +96,7 @@ def test_start_values_are_a_function_of_the_place(init):
     for name, shape in ((layer + A, (8, 64)), (layer + MAGNITUDE, (64,)), ("img_in.weight", (64, 64))):
         shape = torch.Size(shape)
         whole = fill(name, shape, 0, shape.numel())
-        for cut in (1, 7, 64, 100):
+        for cut in (37, 64, 100):
             pieces = [fill(name, shape, i, i + cut) for i in range(0, shape.numel(), cut)]
             assert torch.equal(torch.cat(pieces), whole), (name, cut)
     a = fill(layer + A, torch.Size((8, 64)), 0, 512)
