@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(world_size: int, target: str, tmp: Path, *args: Any, timeout: float = 280) -> list[Any]:
+def run_ranks(world_size: int, target: str, tmp: Path, *args: Any, timeout: float = 560) -> list[Any]:
     """Call `module:function(*args)` of tests/dist on every rank; return the results by rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
