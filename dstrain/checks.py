@@ -23,7 +23,7 @@ from dstrain.engine.ds_sizes import sizes
 from dstrain.engine.estimate import Advice, Estimate, advise, estimate
 from dstrain.engine.estimate import Machine as EstimateMachine
 from dstrain.errors import ConfigError, DstrainError
-from dstrain.job import Job, block_size, load_pipeline, open_data, prepare, wanted_samples
+from dstrain.job import Job, block_size, load_pipeline, open_data, prepare, shape_transformer, wanted_samples
 from dstrain.models.weights import Weights
 from dstrain.pipelines.base import PIPELINES
 
@@ -122,6 +122,7 @@ def _model(recipe: Recipe) -> None:
     pipeline.check_fit()
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in pipeline.build_transformer().named_parameters()}
+        shape_transformer(pipeline, recipe)
     if recipe.model.init == "pretrained":
         Weights(pipeline.folder("transformer")).check(shapes)
 
