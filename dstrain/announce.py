@@ -91,9 +91,9 @@ def _memory(need: Estimate) -> str:
 
 def _encoders(job: Job) -> str:
     """Say where the encoders are, and what they take."""
-    if job.expected is not None and not job.recipe.sample.every:
+    each = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in job.encoder_sizes().items())
+    if not each:
+        assert job.expected is not None
         return f"none: the samples were encoded by {job.expected.stamp}"
-    sizes = job.pipeline.encoder_bytes(job.encoder_dtype)
-    each = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in sizes.items())
     where = "in host memory, each on the device only while it is used"
     return f"{each}, {where if job.recipe.model.encoders == 'offload' else 'on the device'}"

@@ -23,7 +23,7 @@ from dstrain.engine.ds_sizes import sizes
 from dstrain.engine.estimate import Advice, Estimate, advise, estimate
 from dstrain.engine.estimate import Machine as EstimateMachine
 from dstrain.errors import ConfigError, DstrainError
-from dstrain.job import Job, block_size, load_pipeline, open_data, prepare, shape_transformer, wanted_samples
+from dstrain.job import Job, block_size, count, load_pipeline, open_data, prepare, shape_transformer, wanted_samples
 from dstrain.models.weights import Weights
 from dstrain.pipelines.base import PIPELINES
 
@@ -185,22 +185,18 @@ def of_job(job: Job, machine: Machine) -> Iterator[str]:
 def summary(job: Job, config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is in order, and what was filled in."""
     with torch.device("meta"):
-        model = job.pipeline.build_transformer()
+        model = job.build_transformer()
     moved = [f"{what} on {where}" for what in ("param", "optimizer") if (where := offload(config, what)) != "none"]
     yield f"engine: {', '.join([f'ZeRO-{stage(config)}', *moved, str(job.dtype).removeprefix('torch.')])}"
     for key, size in sizes(config, block_size(model), 0).items():
         yield f"engine: {key} = {size.elements:,}: {size.why}"
-    yield f"model: {_count(job.shapes):,} parameters, {_count(job.trained):,} trained"
+    yield f"model: {count(job.shapes):,} parameters, {count(job.trained):,} trained"
     yield f"data: {job.dataset.summary()}"
     micros, used, _ = job.plan.figures(0)
     yield (
         f"batch: {job.recipe.batch.global_batch_size} samples in {micros} micro-step{'s' * (micros > 1)} on"
         f" {job.world_size} rank{'s' * (job.world_size > 1)}, packs {used:.0%} full"
     )
-
-
-def _count(shapes: Mapping[str, torch.Size]) -> int:
-    return sum(shape.numel() for shape in shapes.values())
 
 
 def _balance(job: Job) -> Iterator[str]:
@@ -218,7 +214,7 @@ def _disk(job: Job) -> Iterator[str]:
     checkpoint = _checkpoint_bytes(job)
     need = (train.keep_checkpoints + 1) * checkpoint  # a new one is whole before an old one goes
     if train.export:
-        need += job.dtype.itemsize * _count(job.trained if job.recipe.lora.rank else job.shapes)
+        need += job.dtype.itemsize * count(job.trained if job.recipe.lora.rank else job.shapes)
     have = sum(
         p.stat().st_size for name in ("checkpoints", "export") for p in (run_dir / name).rglob("*") if p.is_file()
     )
@@ -233,7 +229,7 @@ def _disk(job: Job) -> Iterator[str]:
 
 def _checkpoint_bytes(job: Job) -> int:
     """Three fp32 words a trained parameter: the weight and the two moments; a fourth for the average."""
-    return (12 + 4 * (job.recipe.ema.decay > 0)) * _count(job.trained)
+    return (12 + 4 * (job.recipe.ema.decay > 0)) * count(job.trained)
 
 
 def _save_time(job: Job, machine: Machine) -> Iterator[str]:

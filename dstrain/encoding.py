@@ -27,7 +27,7 @@ from dstrain.data.media.encoded import decode_encoded, write_encoded
 from dstrain.data.media.resolution import colour
 from dstrain.data.packing.ledger import REFUSED, Ledger, PackReport, Refused
 from dstrain.data.packing.members import Packed, sample_key
-from dstrain.data.packing.pack import LOCK
+from dstrain.data.packing.pack import only_writer
 from dstrain.data.packing.writer import MAX_NAME, ShardWriter
 from dstrain.data.reasons import BadSample, ranked
 from dstrain.data.sample import Sample, SampleReader
@@ -36,7 +36,6 @@ from dstrain.errors import ConfigError, DataError
 from dstrain.job import load_pipeline, make_operators, open_data, wanted_samples
 from dstrain.pipelines.base import PIPELINES, Pipeline
 from dstrain.pipelines.graph import UnitGraph
-from dstrain.storage import locked
 
 log = logging.getLogger(__name__)
 
@@ -83,25 +82,16 @@ def encode(
     reports = []
     for folder, (name, ends) in zip(folders, _sources(dataset, recipe, shard_samples), strict=True):
         digest = hashlib.sha256(json.dumps([dataset.digest, name, ends]).encode()).hexdigest()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / LOCK, wait=False):
-                ledger = Ledger(folder, name, ends[-1] - ends[0], digest, options)
-                if ledger.done:
-                    log.info("%s is encoded already; nothing is left to do", folder)
-                else:
-                    loaded = loaded or load_pipeline(
-                        family, recipe, device=device, dtype=dtype, load=(*pipeline.encoders, "tokenizer")
-                    )
-                    work = _Work(loaded, dataset, read, stamp, max(1, data.workers))
-                    _write(work, ends, ledger, progress)
-        except BlockingIOError as error:
-            raise DataError(f"another process is encoding into {folder}; wait, or give another folder") from error
-        except OSError as error:
-            raise DataError(
-                f"shards cannot be written to {folder}: {error.strerror or error}; when that is mended, the same "
-                "command goes on"
-            ) from error
+        with only_writer(folder, "encoding"):
+            ledger = Ledger(folder, name, ends[-1] - ends[0], digest, options)
+            if ledger.done:
+                log.info("%s is encoded already; nothing is left to do", folder)
+            else:
+                loaded = loaded or load_pipeline(
+                    family, recipe, device=device, dtype=dtype, load=(*pipeline.encoders, "tokenizer")
+                )
+                work = _Work(loaded, dataset, read, stamp, max(1, data.workers))
+                _write(work, ends, ledger, progress)
         reports.append(ledger.report())
         if not reports[-1].samples:
             reasons = ranked(entry.reason for entry in reports[-1].refused)

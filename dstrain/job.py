@@ -70,10 +70,14 @@ class Job:
         """The dtype of VAE and text encoder."""
         return encoder_dtype(self.recipe, self.dtype)
 
+    def encoder_sizes(self) -> dict[str, int]:
+        """Return the bytes of each encoder that is loaded; none where the samples come encoded."""
+        sizes = self.pipeline.encoder_bytes(self.encoder_dtype)
+        return {name: size for name, size in sizes.items() if name in self.frozen}
+
     def encoder_memory(self) -> tuple[int, int]:
         """Return the bytes of the encoders on a rank's device, at most, and in its host memory."""
-        sizes = self.pipeline.encoder_bytes(self.encoder_dtype)
-        loaded = [size for name, size in sizes.items() if name in self.frozen]
+        loaded = self.encoder_sizes().values()
         if self.recipe.model.encoders == "offload":
             return max(loaded, default=0), sum(loaded)
         return sum(loaded), 0

@@ -25,6 +25,31 @@ def guidance(text: str) -> float:
     return value
 
 
+def amount(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, 0.0, float("inf"), "a finite number above 0")
+
+
+def amount_or_none(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(text, -5e-324, float("inf"), "a finite number of at least 0")
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    return _number(text, 0.0, 1.0 + 1e-12, "a number above 0 and at most 1")
+
+
+def _number(text: str, above: float, below: float, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not above < value < below:
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r:.40}")
+    return value
+
+
 def _at_least(low: int, text: str) -> int:
     try:
         value = int(text)

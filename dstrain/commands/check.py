@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dstrain.commands.arguments import positive
+from dstrain.commands.arguments import amount, positive
 from dstrain.errors import printable
 
 ABOUT = "check recipe, ds_config, weights, data and disk before a run"
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
     parser.add_argument("--ranks", metavar="N", type=positive, default=ranks, help="processes of the run (%(default)s)")
     parser.add_argument(
-        "--gpu_gb", metavar="GB", type=_quantity, help="memory of a GPU, for a run on GPUs that are not in this machine"
+        "--gpu_gb", metavar="GB", type=amount, help="memory of a GPU, for a run on GPUs that are not in this machine"
     )
-    parser.add_argument("--host_gb", metavar="GB", type=_quantity, help="memory of a node, likewise (1000)")
+    parser.add_argument("--host_gb", metavar="GB", type=amount, help="memory of a node, likewise (1000)")
     parser.add_argument(
-        "--disk_gb_s", metavar="N", type=_quantity, default=0.5, help="GB/s written to run_dir by all (%(default)s)"
+        "--disk_gb_s", metavar="N", type=amount, default=0.5, help="GB/s written to run_dir by all (%(default)s)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
 
@@ -54,13 +54,3 @@ def run(args: argparse.Namespace) -> int:
     for finding in findings:
         print(f"{finding.level}: " + printable(finding.text, keep="\n").replace("\n", "\n  "))
     return 2 if any(finding.level == "error" for finding in findings) else 0
-
-
-def _quantity(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r:.40}")
-    return value

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstrain.commands.arguments import positive, report_file
+from dstrain.commands.arguments import amount, amount_or_none, positive, report_file, share
 from dstrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,31 +107,6 @@ def run(args: argparse.Namespace) -> None:
         draw(rows, args.plot, title, at=[m.ranks for m, _ in rows].index(machine.ranks))
 
 
-def amount(text: str) -> float:
-    """A finite number above 0."""
-    return _number(text, 0.0, float("inf"), "a finite number above 0")
-
-
-def amount_or_none(text: str) -> float:
-    """A finite number of at least 0."""
-    return _number(text, -5e-324, float("inf"), "a finite number of at least 0")
-
-
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    return _number(text, 0.0, 1.0 + 1e-12, "a number above 0 and at most 1")
-
-
-def _number(text: str, above: float, below: float, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not above < value < below:
-        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r:.40}")
-    return value
-
-
 def sample(text: str) -> tuple[int, int]:
     """IMAGE+TEXT, two whole numbers of at least 1."""
     image, plus, words = text.partition("+")
@@ -156,19 +131,14 @@ def _machine(args: argparse.Namespace) -> "Machine":
 
 def _ds_config(path: Path, machine: "Machine", choice: "Choice") -> dict[str, Any]:
     """Read a ds_config and refuse what training would; a folder on an NVMe drive need not be on this machine."""
-    from dstrain.engine.ds_config import faults, load
+    from dstrain.engine.ds_config import check_hpz, faults, load
     from dstrain.engine.ds_rules import offload
 
     config = load(path)
     for fault in faults(config):
         if ".nvme_path" not in fault:
             raise ConfigError(f"{path}: {fault}")
-    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-    if size > 1 and machine.ranks % size:
-        raise ConfigError(
-            f"{path}: zero_optimization.zero_hpz_partition_size = {size} does not divide the {machine.ranks} ranks; it"
-            " is the number of GPUs of a node"
-        )
+    check_hpz(config, machine.ranks, path)
     if "nvme" in (offload(config, "optimizer"), offload(config, "param")):
         if not machine.nvme:
             raise ConfigError(f"{path} offloads to an NVMe drive; say how fast it is with --nvme_gbs")
@@ -179,7 +149,7 @@ def _ds_config(path: Path, machine: "Machine", choice: "Choice") -> dict[str, An
 
 def _load(args: argparse.Namespace, machine: "Machine") -> tuple[str, "Load", "Choice", str]:
     """Return the model's name, the counts, what the recipe says, and where the pack's samples come from."""
-    from dstrain.config import load_recipe
+    from dstrain.config import LoraConfig, load_recipe
     from dstrain.engine.estimate import Choice, load_of
     from dstrain.engine.estimate.model import read_model
     from dstrain.models.trained import choose_trained
@@ -200,8 +170,7 @@ def _load(args: argparse.Namespace, machine: "Machine") -> tuple[str, "Load", "C
             samples *= max(1, min(each, recipe.batch.tokens_per_pack // sum(samples[0])))
         choice = Choice.of(recipe, micro_steps=args.micro_steps or -(-each // len(samples)))
     else:
-        for parameter, p in model.named_parameters():
-            p.requires_grad_(parameter not in model.unused)
+        choose_trained(model, ["*"], LoraConfig())
         choice = dataclasses.replace(choice, micro_steps=micro_steps)
     changes = {key: value for key in ("activations", "encoders") if (value := getattr(args, key))}
     if "activations" in changes:

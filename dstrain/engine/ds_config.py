@@ -111,7 +111,8 @@ def complete(
     """
     assert settle(recipe, config, path) == recipe, "settle the recipe with the ds_config first"
     _check_batch(config, recipe, world_size, path)
-    _check_ranks(config, world_size, bf16, path)
+    check_hpz(config, world_size, path)
+    _check_dtypes(config, bf16, path)
     for conflict in conflicts(config, recipe, bf16=bf16, classes=classes):
         raise ConfigError(f"{path}: {conflict}")
     done = {key: value for key, value in config.items() if key not in ("fp16", "scheduler")}
@@ -200,13 +201,17 @@ def _check_muon(config: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(f"{path}: zero_optimization.reduce_scatter does not go with optimizer.name muon; remove it")
 
 
-def _check_ranks(config: Mapping[str, Any], world_size: int, bf16: bool, path: Path) -> None:
+def check_hpz(config: Mapping[str, Any], world_size: int, path: Path) -> None:
+    """Raise ConfigError if hpZ's groups do not divide the ranks."""
     size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if size > 1 and world_size % size:
         raise ConfigError(
             f"{path}: zero_optimization.zero_hpz_partition_size = {size} does not divide the {world_size} ranks; it is"
             " the number of GPUs of a node"
         )
+
+
+def _check_dtypes(config: Mapping[str, Any], bf16: bool, path: Path) -> None:
     section, master = config.get("data_types", {}), config.get("bf16", {}).get("bf16_master_weights_and_grads")
     dtype, weights = section.get("param_dtype"), "bf16" if bf16 else "fp32"
     if dtype is not None and DTYPES.get(dtype, dtype) != weights:

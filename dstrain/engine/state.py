@@ -8,18 +8,16 @@ can be read by any other, whole or by range. There is no pickle in it.
 
 import json
 import os
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from dstrain.errors import CheckpointError
-from dstrain.models.weights import NAMES, Entry, read_header
+from dstrain.models.weights import Entry, read_header, write_header, write_tensor
 
 PATTERN = "rank-*.safetensors"
 
@@ -45,37 +43,21 @@ def write_state(path: Path, pieces: Sequence[Piece], data: Iterable[Mapping[str,
 
     One piece is in memory at a time. Raises OSError if the disk is full.
     """
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": "pt",
-            "optimizer_step": str(optimizer_step),
-            "slices": json.dumps({p.name: [p.start, list(p.shape)] for p in pieces}),
-        }
+    metadata = {
+        "format": "pt",
+        "optimizer_step": str(optimizer_step),
+        "slices": json.dumps({p.name: [p.start, list(p.shape)] for p in pieces}),
     }
-    offset = 0
-    for piece in pieces:
-        for kind, dtype in piece.kinds.items():
-            end = offset + piece.size * dtype.itemsize
-            header[f"{kind}:{piece.name}"] = {
-                "dtype": NAMES[dtype],
-                "shape": [piece.size],
-                "data_offsets": [offset, end],
-            }
-            offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        write_header(
+            file, metadata, [(f"{kind}:{p.name}", dtype, [p.size]) for p in pieces for kind, dtype in p.kinds.items()]
+        )
         for piece, tensors in zip(pieces, data, strict=True):
             for kind, dtype in piece.kinds.items():
-                _write(file, tensors[kind], piece.size, dtype)
+                assert tensors[kind].shape == (piece.size,) and tensors[kind].dtype == dtype
+                write_tensor(file, tensors[kind], dtype)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write(file: BinaryIO, tensor: Tensor, size: int, dtype: torch.dtype) -> None:
-    assert tensor.shape == (size,) and tensor.dtype == dtype
-    file.write(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().data)
 
 
 class State:

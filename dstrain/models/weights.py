@@ -8,7 +8,7 @@ mapping of the file that would count as its memory; writing as a stream lets a m
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -163,6 +163,27 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
+def write_header(
+    file: BinaryIO, metadata: Mapping[str, str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
+) -> None:
+    """Write what stands in front of the bytes of `tensors` (name, dtype, shape), which must follow in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write a tensor's bytes in `dtype`."""
+    data = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
+    file.write(data.numpy().data)
+
+
 class WeightsWriter:
     """Stream tensors of known names and shapes into sharded safetensors with an index, one at a time, in order.
 
@@ -214,8 +235,7 @@ class WeightsWriter:
         if self._next == 0 or self._todo[self._next - 1][0] != file:
             self._open(file)
         assert self._out is not None
-        data = tensor.detach().to("cpu", self._dtypes[name]).contiguous().view(-1).view(torch.uint8)
-        self._out.write(data.numpy().data)
+        write_tensor(self._out, tensor, self._dtypes[name])
         self._next += 1
 
     def close(self) -> None:
@@ -232,16 +252,9 @@ class WeightsWriter:
 
     def _open(self, file: int) -> None:
         self._finish()
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        offset = 0
-        for name, shape in self._plan[file].items():
-            end = offset + self._bytes[name]
-            header[name] = {"dtype": NAMES[self._dtypes[name]], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors start aligned
         self._out = (self.folder / self._names[file]).open("wb")
-        self._out.write(struct.pack("<Q", len(text)) + text)
+        tensors = ((name, self._dtypes[name], shape) for name, shape in self._plan[file].items())
+        write_header(self._out, self._metadata, tensors)
 
     def _finish(self) -> None:
         if self._out is not None:

@@ -112,6 +112,36 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=LR, eps=1e-4)
 
 
+def side_by_side(engine, plain, optimizer, micros, world, clip) -> list[tuple[float, float, float, float]]:
+    """Steps of the engine and of plain PyTorch on the same batches: (our loss, plain loss, our norm, plain norm)."""
+    rows = []
+    for step, m in enumerate(micros):
+        packs = batches(step, m, world.size)
+        total = sum(len(p[3]) for p in packs)
+        ours = torch.zeros(())
+        for j in range(m):
+            loss = loss_sum(engine, packs[j * world.size + world.rank]) / total
+            engine.backward(loss, last=j == m - 1)
+            ours += loss.detach()
+        norm = engine.step(1.0, step)
+        with torch.no_grad():  # a forward in between, as sampling does
+            engine(*packs[0])
+        want = sum(loss_sum(plain, p) for p in packs) / total
+        plain.zero_grad()
+        want.backward()
+        trained = [p for p in plain.parameters() if p.requires_grad]
+        assert all(p.grad is not None for p in trained)
+        want_norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        rows.append((float(distributed.sum_over_ranks(ours)), want.item(), norm, want_norm.item()))
+    return rows
+
+
+def gap(engine, plain) -> float:
+    """The largest difference of a weight; collective."""
+    return max(float((p - q).abs().max()) for (_, p), q in zip(engine.parameters_gathered(), plain.parameters()))
+
+
 def parity(cases: dict[str, tuple[dict, str]], micros: list[int]) -> dict[str, list[tuple[float, ...]]]:
     """Per case (ds_config, what trains): (our loss, plain loss, our norm, plain norm) a step, then the weight gap."""
     world = distributed.start()
@@ -121,27 +151,7 @@ def parity(cases: dict[str, tuple[dict, str]], micros: list[int]) -> dict[str, l
         engine = build_engine(partial(make, what), fill, ds, world.device)
         plain = plain_copy(what)
         optimizer = optimizer_of(plain)
-        rows = []
-        for step, m in enumerate(micros):
-            packs = batches(step, m, world.size)
-            total = sum(len(p[3]) for p in packs)
-            ours = torch.zeros(())
-            for j in range(m):
-                loss = loss_sum(engine, packs[j * world.size + world.rank]) / total
-                engine.backward(loss, last=j == m - 1)
-                ours += loss.detach()
-            norm = engine.step(1.0)
-            with torch.no_grad():  # a forward in between, as sampling does
-                engine(*packs[0])
-            want = sum(loss_sum(plain, p) for p in packs) / total
-            optimizer.zero_grad()
-            want.backward()
-            trained = [p for p in plain.parameters() if p.requires_grad]
-            assert all(p.grad is not None for p in trained)
-            want_norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
-            optimizer.step()
-            rows.append((float(distributed.sum_over_ranks(ours)), want.item(), norm, want_norm.item()))
-        gap = max(float((p - q).abs().max()) for (_, p), q in zip(engine.parameters_gathered(), plain.parameters()))
-        results[name] = [*rows, (gap,)]
+        rows = side_by_side(engine, plain, optimizer, micros, world, CLIP)
+        results[name] = [*rows, (gap(engine, plain),)]
         assert all(math.isfinite(x) for x in rows[-1])
     return results

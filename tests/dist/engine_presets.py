@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import groups
-from engine_parity import PARAMS, batches, fill, loss_sum, make, plain_copy, recipe
+from engine_parity import PARAMS, fill, gap, make, plain_copy, recipe, side_by_side
 from engine_resume import everything, steps
 
 from dstrain.engine import checkpoint, distributed
@@ -75,30 +75,11 @@ def _follow(case: Case, world) -> Followed:
             for p in plain.parameters():
                 p.copy_(p.bfloat16())
     start = [p.detach().clone() for p in plain.parameters()]
-    trained = [p for p in plain.parameters() if p.requires_grad]
     optimizer = Plain(plain, wanted.optimizer)
-    rows = []
-    for step, m in enumerate(MICROS):
-        packs = batches(step, m, world.size)
-        total = sum(len(p[3]) for p in packs)
-        ours = torch.zeros(())
-        for j in range(m):
-            loss = loss_sum(engine, packs[j * world.size + world.rank]) / total
-            engine.backward(loss, last=j == m - 1)
-            ours += loss.detach()
-        norm = engine.step(1.0, step)
-        with torch.no_grad():  # a forward in between, as sampling does
-            engine(*packs[0])
-        want = sum(loss_sum(plain, p) for p in packs) / total
-        plain.zero_grad()
-        want.backward()
-        clip = config["gradient_clipping"] or float("inf")
-        want_norm = torch.nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-        rows.append((float(distributed.sum_over_ranks(ours)), want.item(), norm, want_norm.item()))
-    gap = max(float((p - q).abs().max()) for (_, p), q in zip(engine.parameters_gathered(), plain.parameters()))
+    clip = config["gradient_clipping"] or float("inf")
+    rows = side_by_side(engine, plain, optimizer, MICROS, world, clip)
     moved = max(float((p - q).abs().max()) for p, q in zip(plain.parameters(), start))
-    found = Followed(rows, gap, moved, _in_files(engine))
+    found = Followed(rows, gap(engine, plain), moved, _in_files(engine))
     if case.folder:
         return found._replace(resumed=_resumed(engine, build, Path(case.folder), world))
     engine.ds.destroy()

@@ -7,9 +7,9 @@ After each shard the manifest says where packing has come to (see `ledger`), so 
 import logging
 import os
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,21 +64,12 @@ def pack(
         "columns": columns and list(columns),
         "reencode": reencode and asdict(reencode),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out / LOCK, wait=False):
-            ledger = Ledger(out, str(source), len(found.items), found.digest, options)
-            if ledger.done:
-                log.info("%s is packed already; nothing is left to do", out)
-            else:
-                _write(found.items, ledger, shard_bytes, shard_samples, reencode, workers, progress)
-    except BlockingIOError as error:
-        raise DataError(f"another process is packing into {out}; wait for it, or give another folder") from error
-    except OSError as error:
-        raise DataError(
-            f"shards cannot be written to {out}: {error.strerror or error}; when that is mended, the same command goes "
-            "on, or give another folder"
-        ) from error
+    with only_writer(out, "packing"):
+        ledger = Ledger(out, str(source), len(found.items), found.digest, options)
+        if ledger.done:
+            log.info("%s is packed already; nothing is left to do", out)
+        else:
+            _write(found.items, ledger, shard_bytes, shard_samples, reencode, workers, progress)
     report = ledger.report()
     if not report.samples:
         reasons = ranked(entry.reason for entry in report.refused)
@@ -88,6 +79,25 @@ def pack(
             f"all are in {out / REFUSED}"
         )
     return report
+
+
+@contextmanager
+def only_writer(out: Path, doing: str) -> Iterator[None]:
+    """Make a folder of shards and keep other processes from writing to it; `doing` says what is done in messages.
+
+    Raises DataError if another process is at it, or for an OSError of what is done inside.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / LOCK, wait=False):
+            yield
+    except BlockingIOError as error:
+        raise DataError(f"another process is {doing} into {out}; wait for it, or give another folder") from error
+    except OSError as error:
+        raise DataError(
+            f"shards cannot be written to {out}: {error.strerror or error}; when that is mended, the same command goes "
+            "on, or give another folder"
+        ) from error
 
 
 def _write(
