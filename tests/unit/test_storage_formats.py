@@ -243,6 +243,7 @@ def test_recomputation(kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_under_peft_it_is_a_base_layer(kind):
     import peft  # what every install has: without it this must fail
+
     torch.manual_seed(2)
     weight = torch.randn(20, 12)
     with torch.device("meta"):
