@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
 
-from dstrain.config import Recipe, build
+from dstrain.config import Recipe
 from dstrain.engine import distributed, ds_config
 from dstrain.engine.engine import build_engine
+from dstrain.knobs import build
 from dstrain.models.packing import PackLayout
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 from dstrain.tracking.metrics import Throughput, device_name, memory

@@ -248,9 +248,10 @@ def work(args: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
     from train_step import machine
 
-    from dstrain.config import Recipe, build
+    from dstrain.config import Recipe
     from dstrain.engine import distributed
     from dstrain.engine.ds_config import complete
+    from dstrain.knobs import build
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     disable_progress_bar()

@@ -3,32 +3,19 @@
 The ds_config owns precision, ZeRO stage, offload and clipping; the recipe owns everything else. No fact is in both.
 """
 
-import contextlib
 import dataclasses
-import math
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
 from dstrain.errors import ConfigError, did_you_mean
+from dstrain.knobs import build, flat, knob
 
-T = TypeVar("T")
 Activations = Literal["none", "attention", "full", "offload"]
-
-
-def knob(default: Any, about: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field with its default (`...` = must be given), one line for `--help`, and its range."""
-    metadata = {"about": about, "low": low, "high": high, "may_be_empty": default == []}
-    if default is ...:
-        return field(metadata=metadata)
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +190,37 @@ class TrainConfig:
     parameters: list[str] = knob(
         ["*"], "patterns of the names that train, e.g. transformer_blocks.*; !pattern takes out again (not with lora)"
     )
+    max_minutes: float = knob(
+        0.0, "stop with a checkpoint within so many minutes, to go on another time; 0 = no limit", low=0
+    )
     save_every: int = knob(500, "steps between checkpoints; the last step is always saved", low=1)
+    save_minutes: float = knob(0.0, "save as well when the last save was so many minutes ago; 0 = by steps only", low=0)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep", low=2)
+    keep_every: int = knob(0, "keep the checkpoints of all multiples of so many steps besides; 0 = none", low=0)
+    async_save: Literal["auto", "on", "off"] = knob(
+        "auto", "write checkpoints beside the training, from a copy in host memory; auto = where the copy has room"
+    )
+    failed_saves: int = knob(2, "saves in a row that may fail; one more ends the run", low=0)
     export: bool = knob(True, "write diffusers safetensors at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What is watched, and what happens then."""
+
+    hang_minutes: float = knob(
+        10.0, "without any progress on any rank; then the rank that is waited for is named and the run ends", low=0.05
+    )
+    nonfinite_steps: int = knob(
+        3, "steps in a row that are left out because their loss or gradient is not finite; one more ends the run", low=0
+    )
+    spikes: Literal["off", "warn", "skip"] = knob(
+        "warn", "loss far above what is usual at its noise levels: say so, or go back to a checkpoint and skip its data"
+    )
+    spike_deviations: float = knob(
+        10.0, "how far above the median of the last 200 steps, in robust standard deviations, is a spike", low=3
+    )
+    skip_steps: int = knob(10, "batches left out after the one with the spike (spikes: skip)", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +247,7 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     stated: typing.ClassVar[frozenset[str]] = frozenset()  # dotted keys that were written down; the rest are defaults
 
@@ -285,67 +301,9 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
-    """Make dataclass `cls` from a mapping, refusing unknown keys, missing keys, wrong types and values out of range."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'recipe'} must be a mapping, not {values!r}")
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in known:
-            raise ConfigError(
-                f"{where}: unknown key {prefix + str(key)!r}{did_you_mean(str(key), known)}"
-                f" (known here: {', '.join(known)})"
-            )
-    given: dict[str, Any] = {}
-    for name, f in known.items():
-        key, kind = prefix + name, hints[name]
-        if name in values:
-            value = values[name]
-            if dataclasses.is_dataclass(kind):
-                given[name] = build(typing.cast(type, kind), {} if value is None else value, where, key + ".")
-            else:
-                given[name] = _coerce(value, kind, f.metadata, f"{where}: {key}")
-        elif f.default is MISSING and f.default_factory is MISSING:
-            about = f.metadata.get("about", "see launch/recipes/ for examples")
-            raise ConfigError(f"{where}: {key} must be given: {about}")
-    try:
-        return cls(**given)
-    except ConfigError as e:  # of values that do not go together
-        raise ConfigError(f"{where}: {e}") from None
-
-
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values, defaults filled in."""
     return dataclasses.asdict(recipe)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a tree of sections by dotted key."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return values
-
-
-def describe(cls: type = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Return (dotted key, default, what it is) of every knob, for `--help` and the docs."""
-    rows: list[tuple[str, str, str]] = []
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        kind = hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            rows += describe(typing.cast(type, kind), f"{prefix}{f.name}.")
-            continue
-        factory: Any = f.default_factory
-        default: Any = factory() if factory is not MISSING else f.default
-        if default is MISSING:
-            default = "required"
-        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        about = f.metadata["about"] + (f" [{' | '.join(map(str, choices))}]" if choices else "")
-        rows.append((prefix + f.name, str(default), about))
-    return rows
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -365,45 +323,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
         tree = node
     tree[leaf] = value
-
-
-def _coerce(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        # YAML reads a bare off, on, yes or no as a boolean; where the choices have the word, the word was meant.
-        if isinstance(value, bool) and (word := "on" if value else "off") in args:
-            value = word
-        if value not in args or isinstance(value, bool):
-            raise ConfigError(
-                f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}"
-                + did_you_mean(str(value), [str(a) for a in args])
-            )
-        return value
-    if origin is list:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not (items or metadata.get("may_be_empty")):
-            raise ConfigError(f"{where} must be a list with at least one entry, not {value!r}")
-        return [_coerce(item, args[0], {}, where) for item in items]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where} must be a mapping, not {value!r}")
-        if dataclasses.is_dataclass(args[1]):
-            file, _, key = where.rpartition(": ")
-            return {str(k): build(typing.cast(type, args[1]), v, file, f"{key}.{k}.") for k, v in value.items()}
-        return {str(k): _coerce(v, args[1], {}, f"{where}.{k}") for k, v in value.items()}
-    assert not isinstance(kind, types.UnionType)
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 1e-4 as a string
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise ConfigError(f"{where} must be {names[kind]}, not {value!r}")
-    if kind in (int, float):
-        low, high = metadata.get("low"), metadata.get("high")
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            bounds = "finite" if low is None else f"at least {low:g} and finite"
-            bounds = bounds if high is None else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{where} must be {bounds}, not {value!r}")
-    if kind is str and not value and metadata.get("about") and "empty" not in metadata["about"]:
-        raise ConfigError(f"{where} is empty")
-    return value

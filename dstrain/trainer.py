@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dstrain.config import flat, to_dict
+from dstrain.config import to_dict
 from dstrain.data.loader import Loader, Pack
 from dstrain.data.media.resolution import colour
 from dstrain.data.policy import Bad, BadSamples, read_quarantine
@@ -26,6 +26,7 @@ from dstrain.engine.lr import lr_factor
 from dstrain.engine.state import State
 from dstrain.errors import CheckpointError, DataError, TrainingHalted
 from dstrain.job import Job, count, load_pipeline, make_objective, make_operators
+from dstrain.knobs import flat
 from dstrain.painting import paint
 from dstrain.pipelines.cache import EncodedCache
 from dstrain.rng import Purpose, words

@@ -13,8 +13,9 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from dstrain.config import describe, load_recipe
+from dstrain.config import Recipe, load_recipe
 from dstrain.errors import DstrainError, TrainingHalted
+from dstrain.knobs import describe
 
 log = logging.getLogger("dstrain")
 
@@ -25,7 +26,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         textwrap.fill(f"{key} = {default}", 118, initial_indent="  ", subsequent_indent="      ")
         + "\n"
         + textwrap.fill(about, 118, initial_indent="      ", subsequent_indent="      ")
-        for key, default, about in describe()
+        for key, default, about in describe(Recipe)
     )
     parser = argparse.ArgumentParser(
         description="Train a diffusion transformer.",

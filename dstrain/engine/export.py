@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dstrain.config import LoraConfig, ModelConfig, build
+from dstrain.config import LoraConfig, ModelConfig
 from dstrain.engine.checkpoint import damaged_file, read_manifest
 from dstrain.engine.state import State
 from dstrain.errors import CheckpointError, ConfigError
+from dstrain.knobs import build
 from dstrain.models.base import DiT
 from dstrain.models.init import initial_slice
 from dstrain.models.lora import MAGNITUDE, A, B

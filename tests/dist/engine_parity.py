@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dstrain.config import LoraConfig, Recipe, build
+from dstrain.config import LoraConfig, Recipe
+from dstrain.knobs import build
 from dstrain.engine import distributed
 from dstrain.engine.ds_config import complete
 from dstrain.engine.engine import build_engine

@@ -13,9 +13,10 @@ from small_runs import ROOT, prepare_run
 from dstrain import checks
 from dstrain.checks import Machine, check, of_plan, of_recipe
 from dstrain.commands import check as command
-from dstrain.config import Recipe, build
+from dstrain.config import Recipe
 from dstrain.engine.estimate import Choice, advise, estimate, load_of
 from dstrain.engine.estimate import Machine as EstimateMachine
+from dstrain.knobs import build
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 
 ZERO3 = {"zero_optimization": {"stage": 3}}

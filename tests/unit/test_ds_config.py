@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstrain.config import Recipe, build
+from dstrain.config import Recipe
 from dstrain.engine import ds_schema
 from dstrain.engine.ds_config import check_sections, complete, faults, load, read_ds_config, settle, uses_bf16
 from dstrain.engine.ds_rules import gpu_only, idle
@@ -14,6 +14,7 @@ from dstrain.engine.ds_schema import SCHEMA, UNSUPPORTED, ZERO, Kind
 from dstrain.engine.ds_sizes import sizes
 from dstrain.engine.lr import lr_factor
 from dstrain.errors import ConfigError
+from dstrain.knobs import build
 
 ROOT = Path(__file__).parents[2]
 PATH = Path("ds.json")
