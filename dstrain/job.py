@@ -4,14 +4,16 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.config import DataConfig, Recipe, to_dict
+from dstrain.continuation import compare, record
 from dstrain.data.dataset import Dataset, Source, open_dataset
 from dstrain.data.media.operators import Operators
 from dstrain.data.media.resolution import Resolution, colour
@@ -34,6 +36,7 @@ from dstrain.models.lora_files import read_lora, scale
 from dstrain.models.trained import choose_trained, start_values
 from dstrain.models.weights import Weights
 from dstrain.objectives import OBJECTIVES
+from dstrain.pipelines import fingerprint
 from dstrain.pipelines.base import PIPELINES, Pipeline
 from dstrain.storage import user_cache
 
@@ -86,22 +89,19 @@ class Job:
         """Build the transformer as it is trained, on the current device, which should be meta."""
         return shape_transformer(self.pipeline, self.recipe)
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be continued."""
-        recipe = self.recipe
-        lora = {f"lora.{k}": v for k, v in to_dict(recipe)["lora"].items() if k not in ("path", "dropout", "init")}
+        """What must be the same for a checkpoint to be continued, besides keys of the recipe: digests, and a dtype."""
+        folders, unused = self.components, self.pipeline.unused
+        encoders = {n: fingerprint.of_encoder(folders[n], unused.get(n, ())) for n in self.pipeline.encoders}
+        tokenizer = {n: fingerprint.of_files(folders[n]) for n in ("tokenizer",) if n in folders}
         return {
             "dtype": str(self.dtype),
-            "seed": recipe.seed,
-            "global_batch_size": recipe.batch.global_batch_size,
             "data": self.dataset.digest,
-            "shuffle_window": recipe.data.shuffle_window,
-            "optimizer": recipe.optimizer.name,
-            "train.parameters": recipe.train.parameters,
-            **(lora if recipe.lora.rank else {"lora.rank": 0}),
             "trained": hashlib.sha256(json.dumps(self.trained).encode()).hexdigest(),
             **({} if self.trained.keys() == self.shapes.keys() else {"base": self._base_digest()}),
+            **encoders,
+            **tokenizer,
         }
 
     def _base_digest(self) -> str:
@@ -110,15 +110,21 @@ class Job:
             return "random"
         entries = Weights(self.components["transformer"]).entries
         stamp = [[n, list(e.shape), e.read(0, 8).double().tolist()] for n, e in sorted(entries.items())]
-        return hashlib.sha256(json.dumps([self.recipe.model.gelu, stamp]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
 
-    def check_continuation(self) -> None:
-        """Raise CheckpointError if the newest checkpoint of run_dir belongs to a run that differs from this one."""
+    def check_continuation(self, accepted: Collection[str] = ()) -> list[str]:
+        """Return what has changed since the newest checkpoint of run_dir, and may, one line each.
+
+        accepted: keys of the recipe that may differ although they need consent.
+        Raises CheckpointError if it belongs to a run that differs from this one.
+        """
         path = checkpoint.newest(Path(self.recipe.run_dir) / "checkpoints")
-        if path is not None:
-            manifest = checkpoint.read_manifest(path)
-            checkpoint.check_facts(manifest, self.facts, path)
-            log.info("will continue from %s, step %d of %d", path, manifest["step"], self.recipe.train.steps)
+        if path is None:
+            return []
+        manifest = checkpoint.read_manifest(path)
+        changes = compare(manifest, record(self, self.world_size), accepted, path)
+        log.info("will continue from %s, step %d of %d", path, manifest["step"], self.recipe.train.steps)
+        return changes
 
     def start_values(self) -> Fill:
         """Return what every parameter of `build_transformer` starts from; nothing is read before it is asked for."""

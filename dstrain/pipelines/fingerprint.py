@@ -12,6 +12,7 @@ from dstrain.pipelines.components import read_json
 
 _ELEMENTS = 16  # of each tensor; a training changes all of them
 _DIGITS = 12
+_OF_TOKENIZER = (".json", ".txt", ".jinja", ".model")
 _PASSING = ("transformers_version", "dtype", "torch_dtype")  # keys of a config that do not tell what a model computes
 
 
@@ -32,9 +33,9 @@ def of_encoder(folder: Path, unused: Sequence[str] = ()) -> str:
 
 
 def of_files(folder: Path) -> str:
-    """Return hex digits for the names and bytes of the .json and .txt files of `folder`, as a tokenizer's are."""
+    """Return hex digits for the names and bytes of a tokenizer's files in `folder`, its chat template among them."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt")):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _OF_TOKENIZER):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:_DIGITS]

@@ -127,7 +127,7 @@ def test_secrets_are_masked_and_the_rest_is_not():
         "api_key": "***",
         "clientSecret": "***",
         "PASSWORD": "***",
-        "credentials": {"user": "u"},
+        "credentials": "***",
         "note": "sent with *** inside",
         "mirrors": ["https://***@host/x", "https://host/y"],
         "tokens_per_pack": 4096,
