@@ -1,12 +1,12 @@
 """Faults on purpose, so that tests can see a run survive them. Without DSTRAIN_FAULTS nothing happens here.
 
-DSTRAIN_FAULTS is a JSON list of faults, each {"at": POINT, "do": ACTION} with, as wanted, "rank" (of the process), "step"
-(of the training), "nth" (the n-th time that this process is there, from 1), "seconds" (sleep) and "once" (a file that is
-made when the fault happens, and without which it would happen again after a restart).
+DSTRAIN_FAULTS is a JSON list of faults, each {"at": POINT, "do": ACTION} with, as wanted, "rank" (of the process),
+"step" (of the training), "nth" (the n-th time that this process is there, from 1), "seconds" (sleep) and "once" (a file
+that is made when the fault happens, so that it does not happen again after a restart).
 
 Points: step, data, save, barrier, write, input, loss, grad, weight, preflight. Actions: kill and stop (SIGKILL and
-SIGSTOP to itself), exit, sleep, raise, ENOSPC, EIO, EACCES and other names of `errno`; torn (write half, then kill), nan
-and spike, which are done at the place.
+SIGSTOP to itself), exit, sleep, raise, and ENOSPC, EIO, EACCES or another name of `errno`. Done at the place itself are
+torn (write half, then exit), nan and spike.
 """
 
 import errno
@@ -17,9 +17,10 @@ import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "DSTRAIN_FAULTS"
 _visits: Counter[str] = Counter()
@@ -36,7 +37,7 @@ def reach(point: str, step: int | None = None) -> str:
     return ""
 
 
-def spoil(point: str, tensor: Tensor, step: int) -> Tensor:
+def spoil(point: str, tensor: "Tensor", step: int) -> "Tensor":
     """Return `tensor`, or what a fault that is planned for `point` makes of it: nan, or ten times as much (spike)."""
     return tensor * {"nan": float("nan"), "spike": 10.0}[action] if (action := reach(point, step)) else tensor
 

@@ -27,6 +27,7 @@ from dstrain.engine import checkpoint
 from dstrain.engine.distributed import has_fast_bf16
 from dstrain.engine.ds_config import check_sections, complete, uses_bf16
 from dstrain.engine.ds_optimizer import settle
+from dstrain.engine.run_folder import check_writable
 from dstrain.errors import ConfigError
 from dstrain.kernels.backend import choose
 from dstrain.models.base import DiT
@@ -162,7 +163,7 @@ def prepare(
         raise ConfigError(f"objective.kernel: {e}") from None
     recipe = settle(recipe, ds_config, ds_path)
     bf16 = uses_bf16(ds_config, has_fast_bf16(device))
-    checkpoint.check_writable(Path(recipe.run_dir))
+    check_writable(Path(recipe.run_dir))
     wanted = wanted_samples(recipe.data, family.columns())
     dataset = open_data(recipe.data, wanted)
     pipeline = load_pipeline(

@@ -2,38 +2,50 @@
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from dstrain import faults
+from dstrain.agreement import Agreed, StepSums, Wishes
 from dstrain.config import to_dict
+from dstrain.continuation import compare, record
 from dstrain.data.loader import Loader, Pack
 from dstrain.data.media.resolution import colour
 from dstrain.data.policy import Bad, BadSamples, read_quarantine
 from dstrain.data.sample import Sample
+from dstrain.diagnosis import Suspect, report, second_look, suspects
 from dstrain.engine import checkpoint, distributed
+from dstrain.engine.control import Control
 from dstrain.engine.distributed import World
-from dstrain.engine.ds_rules import stage
 from dstrain.engine.engine import Engine, build_engine
 from dstrain.engine.export import export, open_base, open_checkpoint
 from dstrain.engine.lr import lr_factor
+from dstrain.engine.run_folder import occupy
 from dstrain.engine.state import State
+from dstrain.engine.watch import Watch
 from dstrain.errors import CheckpointError, DataError, TrainingHalted
+from dstrain.guards import Guards, Spike
 from dstrain.job import Job, count, load_pipeline, make_objective, make_operators
 from dstrain.knobs import flat
 from dstrain.painting import paint
+from dstrain.pipelines.base import Encoded
 from dstrain.pipelines.cache import EncodedCache
 from dstrain.rng import Purpose, words
-from dstrain.storage import write_json
-from dstrain.tracking.metrics import SIGMA_BINS, Throughput, memory, sigma_bins
-from dstrain.tracking.tracker import Tracker, open_trackers
+from dstrain.saves import Saves
+from dstrain.storage import append_json_line, write_json
+from dstrain.tracking.metrics import Throughput, memory, sigma_bins
+from dstrain.tracking.tracker import open_trackers
 
+EVENTS = "events.jsonl"
+MOST_SKIPS = 3  # on one checkpoint; then the data is not to blame
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -42,13 +54,44 @@ class _DataStop(DataError):
     """The data cannot be gone on with; raised on all ranks at the same place."""
 
 
-class Trainer:
-    """Builds what a job needs on this rank and runs it to the end. Collective throughout."""
+@dataclass(frozen=True)
+class Computed:
+    """A pack of this rank, and what came out: losses [N] in fp64 and noise levels [N] of its samples."""
 
-    def __init__(self, job: Job, world: World, *, resume: str = "auto") -> None:
+    samples: list[Sample]
+    encoded: Encoded
+    losses: Tensor
+    sigmas: Tensor
+
+    def bins(self) -> Tensor:
+        """Return sums of losses and counts by noise level, [2, SIGMA_BINS]."""
+        return sigma_bins(self.losses, self.sigmas)
+
+
+class Trainer:
+    """Builds what a job needs on this rank and runs it to the end. Collective throughout.
+
+    resume: "auto" for the newest undamaged checkpoint of the run, "never", or a checkpoint's folder. accepted: keys of
+    the recipe that may differ from the checkpoint's although they change what is learned.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        world: World,
+        control: Control,
+        watch: Watch,
+        *,
+        resume: str = "auto",
+        accepted: Collection[str] = (),
+    ) -> None:
         recipe = job.recipe
-        self.job, self.recipe, self.world = job, recipe, world
-        self._stop = False
+        self.job, self.recipe, self.world, self.control, self.watch = job, recipe, world, control, watch
+        self.run_dir = Path(recipe.run_dir)
+        self.started = time.monotonic()
+        self.record = record(job, world.size)
+        distributed.check_agreement(flat(self.record))
+        self.lock = occupy(self.run_dir)
         self.pipeline = load_pipeline(
             type(job.pipeline),
             recipe,
@@ -58,6 +101,7 @@ class Trainer:
             encoded=job.expected is not None,
             offload=recipe.model.encoders == "offload",
         )
+        watch.at("loading")
         self.objective = make_objective(recipe)
         data = recipe.data
         operators = make_operators(data)
@@ -81,122 +125,138 @@ class Trainer:
             pin=world.device.type == "cuda",
             expected=job.expected,
         )
-        quarantine = Path(recipe.run_dir) / "bad_samples.jsonl"
+        quarantine = self.run_dir / "bad_samples.jsonl"
         known = distributed.share(list(read_quarantine(quarantine).items()) if world.is_main else [])
         self.bad = BadSamples(data.max_bad_samples, data.max_consecutive_bad, quarantine, dict(known))
-        self.facts = job.facts
-        distributed.check_agreement({**self.facts, **flat(to_dict(recipe))})
-        self.saved = self._checkpoint(resume)  # the checkpoint that holds the newest state on disk
-        self.engine, self.first_step = self._start()
+        self.guards = Guards(recipe.guard)
+        path = self._checkpoint(resume, accepted)
+        self.engine, self.first_step = self._start(path)
+        self.saves = Saves(self.engine.master, self.run_dir / "checkpoints", recipe.train, path, watch.busy)
 
     def run(self) -> bool:
-        """Train what is not done yet, and export; False if a signal stopped it before the end.
-
-        SIGTERM, SIGUSR1 and SIGINT on any rank stop all of them after the same step, with a checkpoint.
-        """
-        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(name, self._on_signal)
-        recipe, folder = self.recipe, Path(self.recipe.run_dir) / "export"
+        """Train what is not done yet, and export; False if it was asked to stop before the end."""
+        recipe, folder = self.recipe, self.run_dir / "export"
         todo = recipe.train.steps - self.first_step
         if todo > 0 and not self._train():
-            if self.world.is_main:
-                log.info("stopped as asked; the same command continues")
             return False
         if todo <= 0 and self.world.is_main:
             log.info("all %d steps are done; more of them: train.steps=N", recipe.train.steps)
         if recipe.train.export and self.world.is_main and (todo > 0 or not folder.is_dir()):
-            assert self.saved is not None
-            state = open_checkpoint(self.saved, ema=recipe.ema.decay > 0)
+            assert self.saves.newest is not None
+            self.watch.at("the export")
+            state = open_checkpoint(self.saves.newest, ema=recipe.ema.decay > 0)
             export(state, folder, lambda: open_base(self.pipeline, recipe.model.init, recipe.seed))
             log.info("exported to %s (%s)", folder, "LoRA files" if recipe.lora.rank else "diffusers layout")
         return True
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._stop = True  # looked at after the step; a second one does no more
-
     def _train(self) -> bool:
-        """Train to the last step; False if a signal on any rank stopped it before."""
+        """Train to the last step; False if any rank was asked to stop before."""
         recipe, main = self.recipe, self.world.is_main
-        run_dir, steps = Path(recipe.run_dir), recipe.train.steps
+        steps, step = recipe.train.steps, self.first_step
+        if distributed.share([self.control.reason] if self.control.reason else []):
+            self._say_stopped("before its first step; there is nothing to save")
+            return False
         if main:
-            write_json(run_dir / "recipe.json", to_dict(recipe))
-            write_json(run_dir / "ds_config.json", self.engine.config)
+            write_json(self.run_dir / "recipe.json", self.record["recipe"])
+            write_json(self.run_dir / "ds_config.json", self.engine.config)
         t = recipe.tracking
-        name = t.name or run_dir.resolve().name
-        tracker = open_trackers(run_dir, t.wandb, t.project, name, to_dict(recipe), self.first_step, main)
-        bar = tqdm(total=steps, initial=self.first_step, disable=not main, desc=name, unit="step", dynamic_ncols=True)
+        name = t.name or self.run_dir.resolve().name
+        self.tracker = open_trackers(self.run_dir, t.wandb, t.project, name, to_dict(recipe), step, main)
+        bar = tqdm(total=steps, initial=step, disable=not main, desc=name, unit="step", dynamic_ncols=True)
         try:
-            for step in range(self.first_step, steps):
-                try:
-                    stats = self.train_step(step)
-                except _DataStop:
-                    if step > self.first_step:  # all ranks are here, and the weights are those before the step
-                        self._save(step, tracker)
-                    raise
-                stopping = stats.pop("stopping") > 0
-                tracker.log(step, stats)
-                bar.set_postfix(loss=f"{stats['loss']:.4f}", refresh=False)
-                bar.update()
-                if stopping or (step + 1) % recipe.train.save_every == 0 or step + 1 == steps:
-                    self._save(step + 1, tracker)
-                if stopping and step + 1 < steps:
-                    return False
-                if recipe.sample.every and ((step + 1) % recipe.sample.every == 0 or step + 1 == steps):
-                    folder = run_dir / "samples" / f"step-{step + 1:08d}"
-                    grid = paint(self.engine, self.pipeline, recipe.sample, recipe.seed, folder, self.world)
-                    tracker.log_image(step, "samples", grid)
+            with logging_redirect_tqdm():
+                while step < steps:
+                    try:
+                        taken = self.train_step(step)
+                    except _DataStop:
+                        if step > self.first_step:  # all ranks are here, and the weights are those before the step
+                            self._save(step, last=True)
+                        raise
+                    stats, wishes, spike = taken
+                    self.tracker.log(step, stats)
+                    bar.set_postfix(loss=f"{stats['loss']:.4f}", refresh=False)
+                    bar.update()
+                    step += 1
+                    if spike and not wishes.stop:
+                        step = self._go_back(step)
+                        bar.update(step - bar.n)
+                        continue
+                    last = wishes.stop or step == steps
+                    if last or wishes.save or step % recipe.train.save_every == 0:
+                        self._save(step, last=last)
+                    if wishes.stop and step < steps:
+                        self._say_stopped(f"after step {step} of {steps}, with a checkpoint")
+                        return False
+                    if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
+                        self.watch.at("painting")
+                        folder = self.run_dir / "samples" / f"step-{step:08d}"
+                        grid = paint(self.engine, self.pipeline, recipe.sample, recipe.seed, folder, self.world)
+                        self.tracker.log_image(step - 1, "samples", grid)
         finally:
             bar.close()
-            tracker.finish()
+            self.saves.close()
+            self.tracker.finish()
             self.loader.close()
         return True
 
-    def train_step(self, step: int) -> dict[str, float]:
-        """Take one optimizer step on the step's global batch; return its figures, those of all ranks."""
+    def train_step(self, step: int) -> tuple[dict[str, float], Wishes, Spike | None]:
+        """Take one optimizer step on the step's global batch.
+
+        Returns its figures, what any rank wants, and the spike for which the step is to be undone; all the same on all
+        ranks.
+        """
         started, waited = time.perf_counter(), self.loader.wait_s
+        faults.reach("step", step)
         total = self.recipe.batch.global_batch_size
-        # Of all ranks: loss, tokens, FLOPs, wish to stop, then losses and counts by sigma.
-        sums = torch.zeros(4 + 2 * SIGMA_BINS, dtype=torch.float64)
-        encode_s = 0.0
-        micro_steps = 0
-        if self.recipe.lora.dropout:
-            torch.manual_seed(words(self.recipe.seed, Purpose.DROPOUT, step, self.world.rank)[0])
+        sums = StepSums(self.world)
+        packs: list[Computed] = []
         bad: list[Bad] = []
-        for pack, last in _with_last(self.loader.step(step)):
+        encode_s, own_s, back_s = 0.0, 0.0, started
+        self._seed(step)
+        if faults.reach("weight", step):
+            self.engine.master.groups[0].fragments[0].weight().fill_(float("nan"))
+        for pack, last in _with_last(self.loader.step(self.guards.skipped.data_step(step))):
+            self.watch.at(f"step {step}, the data of micro-step {len(packs)}")
+            faults.reach("data", step)
+            own_s += time.perf_counter() - back_s
             samples = self._agreed(pack, bad)
-            micro_steps += 1
             before = time.perf_counter()
             encoded = self.pipeline.pack(self._encode(samples))
+            encoded = replace(encoded, x0=faults.spoil("input", encoded.x0, step))
             encode_s += time.perf_counter() - before
-            draws = torch.tensor([s.draw for s in samples])
-            losses = self.objective(
-                lambda x_t, sigmas, encoded=encoded: self.pipeline.velocity(self.engine, x_t, sigmas, encoded),
-                encoded.x0,
-                encoded.layout,
-                draws,
-            )
-            self.engine.backward(losses.per_sample.sum() / total, last=last)
-            per_sample = losses.per_sample.detach().double().cpu()
-            sums[0] += per_sample.sum() / total
-            sums[1] += encoded.layout.tokens
-            sums[2] += self.passes * self.engine.module.forward_flops(encoded.layout)
-            sums[4:] += sigma_bins(per_sample, losses.sigmas.cpu()).flatten()
+            own_s += time.perf_counter() - before
+            self.watch.at(f"step {step}, micro-step {len(packs)}")
+            losses = self._losses(samples, encoded)
+            per_sample = faults.spoil("loss", losses.per_sample, step)
+            loss = faults.spoil("grad", per_sample.sum() / total, step)
+            # A loss that is not finite makes all gradients so, and then no rank's optimizer moves anything.
+            self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")), last=last)
+            packs.append(Computed(samples, encoded, per_sample.detach().double().cpu(), losses.sigmas.cpu()))
+            flops = self.passes * self.engine.module.forward_flops(encoded.layout)
+            sums.add(packs[-1].losses.sum() / total, encoded.layout.tokens, flops, packs[-1].bins())
+            back_s = time.perf_counter()
         self._count(bad)
-        sums[3] = self._stop
-        sums = distributed.sum_over_ranks(sums.to(self.world.device)).cpu()
-        loss, tokens, flops, stopping = sums[:4].tolist()
-        if not torch.isfinite(sums[0]):
-            raise TrainingHalted(self._halted(step, f"the loss is {loss}"))
-        factor = lr_factor(self.recipe.optimizer, step, self.recipe.train.steps)
+        if self.world.is_main:
+            self._look_around(time.perf_counter() - started)
+        wishes = Wishes(
+            bool(self.control.reason),
+            self.control.by_person,
+            self.world.is_main and self.saves.time_has_come(),
+            not self.saves.written,
+        )
+        self.watch.at(f"step {step}, the sum over the ranks")
+        agreed = sums.over_ranks(own_s, wishes)
+        self.saves.wait_to_update()
         before_step = time.perf_counter()
+        self.watch.at(f"step {step}, the optimizer")
+        factor = lr_factor(self.recipe.optimizer, step, self.recipe.train.steps)
         grad_norm = self.engine.step(factor, step)
         now = time.perf_counter()
-        if not math.isfinite(grad_norm):
-            raise TrainingHalted(self._halted(step, f"the gradient norm is {grad_norm}"))
-        bin_loss, bin_count = sums[4:].view(2, SIGMA_BINS)
-        return {
-            "stopping": stopping,
-            "loss": loss,
+        if not agreed.wishes.unwritten:
+            self.saves.commit()
+        spike = self._judge(step, agreed, grad_norm, packs)
+        figures = {
+            "loss": agreed.loss,
             "lr": self.recipe.optimizer.lr * factor,
             "grad_norm": grad_norm,
             "step_s": now - started,
@@ -204,14 +264,88 @@ class Trainer:
             "encode_s": encode_s,
             "optimizer_s": now - before_step,
             "optimizer_share": (now - before_step) / (now - started),
+            "save_s": self.saves.held_s(),
             "samples_seen": (step + 1) * total,
-            "micro_steps": micro_steps,
+            "micro_steps": len(packs),
             "bad_samples": len(self.bad),
-            "tokens": int(tokens),
-            **self.throughput(now - started, total, int(tokens), flops),
-            **{f"loss_sigma_{b}": float(bin_loss[b] / n) for b, n in enumerate(bin_count.tolist()) if n},
+            "updates_left_out": self.guards.nonfinite.total,
+            "tokens": agreed.tokens,
+            **self.throughput(now - started, total, agreed.tokens, agreed.flops),
+            **agreed.metrics(),
             **memory(self.world.device),
         }
+        return figures, agreed.wishes, spike
+
+    def _seed(self, step: int) -> None:
+        if self.recipe.lora.dropout:
+            torch.manual_seed(words(self.recipe.seed, Purpose.DROPOUT, step, self.world.rank)[0])
+
+    def _losses(self, samples: list[Sample], encoded: Encoded) -> Any:
+        return self.objective(
+            lambda x_t, sigmas: self.pipeline.velocity(self.engine, x_t, sigmas, encoded),
+            encoded.x0,
+            encoded.layout,
+            torch.tensor([s.draw for s in samples]),
+        )
+
+    def _judge(self, step: int, agreed: Agreed, grad_norm: float, packs: list[Computed]) -> Spike | None:
+        """Look at a step's figures: say who is behind what is wrong; TrainingHalted, or the spike to go back for."""
+        guard, total = self.recipe.guard, self.recipe.batch.global_batch_size
+        if self.guards.nonfinite.judge(agreed.loss, grad_norm):
+            what = (
+                f"the loss is {agreed.loss}" if not math.isfinite(agreed.loss) else f"the gradient norm is {grad_norm}"
+            )
+            self.watch.at(f"step {step}, a second look at it")
+            self._seed(step)
+            looked_at = [(pack.samples, pack.encoded) for pack in packs]
+            found = second_look(self.pipeline, self.engine, self.objective, looked_at, self.world.rank)
+            message = self._report(step, what, found, total)
+            if self.guards.nonfinite.must_halt:
+                raise TrainingHalted(f"{message}. No weight was changed by it, and the last checkpoint is intact")
+            if self.world.is_main:
+                log.warning("%s. Nothing was changed by it; the training goes on", message)
+            return None
+        spike = self.guards.spikes.judge(agreed.bins) if guard.spikes != "off" else None
+        if spike is not None:
+            samples = [sample for pack in packs for sample in pack.samples]
+            losses, sigmas = (torch.cat([getattr(pack, name) for pack in packs]) for name in ("losses", "sigmas"))
+            message = self._report(step, str(spike), suspects(self.world.rank, samples, losses, sigmas))
+            if self.world.is_main:
+                log.warning("%s", message)
+        return spike if guard.spikes == "skip" else None
+
+    def _report(self, step: int, what: str, found: list[Suspect], samples: int = 0) -> str:
+        """Tell all ranks of the suspects, write them to RUN_DIR/events.jsonl, and return the message."""
+        found = distributed.share(found)
+        if self.world.is_main:
+            append_json_line(
+                self.run_dir / EVENTS, {"step": step, "what": what, "suspects": [asdict(s) for s in found]}
+            )
+        return report(step, what, found, samples)
+
+    def _go_back(self, step: int) -> int:
+        """Undo the steps since the newest checkpoint, leaving out their data and a little more; returns its step."""
+        self.saves.commit()
+        path = checkpoint.find(self.run_dir / "checkpoints")
+        if path is None:
+            if self.world.is_main:
+                log.warning("there is no checkpoint to go back to yet; the training goes on")
+            return step
+        manifest = checkpoint.read_manifest(path)
+        back, skipped = manifest["step"], self.guards.skipped
+        skipped.skip(back, step - 1 + self.recipe.guard.skip_steps)
+        if sum(start == back for start, _ in skipped.state()) > MOST_SKIPS:
+            raise TrainingHalted(
+                f"{path}: {MOST_SKIPS} times a spike followed on it; go on from an earlier checkpoint with"
+                " --resume PATH, or with a lower optimizer.lr"
+            )
+        self.watch.at(f"going back to step {back}")
+        self.guards.restore({**manifest["guards"], "skipped": skipped.state()})
+        self.engine.master.restore(State(path), publish=True)
+        self.tracker.rewind(back)
+        if self.world.is_main:
+            log.warning("back to %s; its steps take the batches from %d on", path, skipped.data_step(back))
+        return back
 
     def _agreed(self, pack: Pack, bad: list[Bad]) -> list[Sample]:
         """Return a pack's samples, adding to `bad` those of all ranks; or raise on all what happened on any."""
@@ -230,24 +364,19 @@ class Trainer:
         except DataError as error:
             raise _DataStop(str(error)) from None
 
-    def _halted(self, step: int, what: str) -> str:
-        return (
-            f"step {step}: {what}; no weight was changed by it, and the last checkpoint is intact."
-            " Lower optimizer.lr or gradient_clipping (ds_config), or look at the data, and run the same command again"
-        )
-
     def _encode(self, samples: list[Sample]) -> dict[str, list[Any]]:
         columns, prompts, draws = zip(*((s.columns, s.caption, s.draw) for s in samples), strict=True)
         batch = self.pipeline.batch(columns, list(prompts), list(draws))
         return self.cache.encode([s.row for s in samples], batch)
 
-    def _start(self) -> tuple[Engine, int]:
+    def _start(self, path: Path | None) -> tuple[Engine, int]:
         """Build the engine from the recipe's weights, or those of the checkpoint that is continued; and its step."""
-        job, recipe, path = self.job, self.recipe, self.saved
+        job, recipe = self.job, self.recipe
         start_values = job.start_values()
         saved = State(path) if path else None
 
         def fill(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+            self.watch.busy()
             if saved and name in saved.shapes:
                 return saved.read("weight", name, start, stop)
             return start_values(name, shape, start, stop)
@@ -264,17 +393,19 @@ class Trainer:
         if path is None or saved is None:
             return engine, 0
         engine.master.restore(saved)
-        step = checkpoint.read_manifest(path)["step"]
-        checkpoint.set_aside_newer(Path(recipe.run_dir) / "checkpoints", step)
+        manifest = checkpoint.read_manifest(path)
+        self.guards.restore(manifest.get("guards", {}))
+        step = manifest["step"]
+        checkpoint.set_aside_newer(self.run_dir / "checkpoints", step)
         if ema.decay and "ema" not in saved.kinds and self.world.is_main:
             log.info("the checkpoint has no average: it begins anew")
         if self.world.is_main:
             log.info("continuing from %s at step %d of %d", path, step, recipe.train.steps)
         return engine, step
 
-    def _checkpoint(self, resume: str) -> Path | None:
+    def _checkpoint(self, resume: str, accepted: Collection[str]) -> Path | None:
         """Return the checkpoint to continue from, if there is one, after checking that it fits this run."""
-        folder = Path(self.recipe.run_dir) / "checkpoints"
+        folder = self.run_dir / "checkpoints"
         if resume == "never":
             if any(folder.glob("step-*")):
                 raise CheckpointError(f"{folder} holds an earlier run's checkpoints; choose another run_dir")
@@ -284,28 +415,28 @@ class Trainer:
             return None
         if resume != "auto" and (problem := checkpoint.damage(path)):
             raise CheckpointError(f"--resume {resume}: {problem}")
-        manifest = checkpoint.read_manifest(path)
-        checkpoint.check_facts(manifest, self.facts, path)
-        if self.world.is_main:
-            then, now = flat(manifest.get("recipe", {})), flat(to_dict(self.recipe))
-            for key in sorted(key for key in now if key in then and then[key] != now[key]):
-                log.info("changed since the checkpoint: %s = %s, was %s", key, now[key], then[key])
+        for line in compare(checkpoint.read_manifest(path), self.record, accepted, path):
+            if self.world.is_main:
+                log.warning("%s", line)
         return path
 
-    def _save(self, step: int, tracker: Tracker) -> None:
-        tracker.sync()
-        folder = Path(self.recipe.run_dir) / "checkpoints"
-        facts = {
-            **self.facts,
-            "torch": torch.__version__,
-            "world_size": self.world.size,
-            "zero_stage": stage(self.job.ds_config),
-            "recipe": to_dict(self.recipe),
-        }
-        self.saved = checkpoint.save(self.engine, folder, step, facts, self.recipe.train.keep_checkpoints)
+    def _look_around(self, step_s: float) -> None:
+        """On rank 0: whether there is a STOP file, or the time is up but for this step's end, another, and a save."""
+        self.control.look(self.run_dir)
+        limit = self.recipe.train.max_minutes * 60
+        if limit and time.monotonic() - self.started + 2 * step_s + self.saves.longest_s > limit:
+            self.control.stop(f"train.max_minutes = {self.recipe.train.max_minutes:g}")
+
+    def _say_stopped(self, where: str) -> None:
         if self.world.is_main:
-            with logging_redirect_tqdm():
-                log.info("saved %s", self.saved)
+            self.control.obeyed(self.run_dir)
+            reason = self.control.reason or "another rank's signal"
+            log.info("stopped by %s %s; the same command continues", reason, where)
+
+    def _save(self, step: int, *, last: bool) -> None:
+        self.watch.at(f"step {step}, saving")
+        self.tracker.sync()
+        self.saves.save(step, {**self.record, "guards": self.guards.state()}, last=last)
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

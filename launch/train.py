@@ -1,8 +1,9 @@
 """Train: deepspeed launch/train.py --ds_config ds_configs/zero3_offload.json --config launch/recipes/demo.yaml
 
 Runs the same under deepspeed, torchrun, srun and plain python, on GPUs (nccl) and CPUs (gloo).
-Exit codes: 0 finished, 75 stopped by a signal (run it again), 1 failed, 2 refused: a recipe, ds_config, shard, model
-folder or checkpoint is not usable.
+Exit codes: 0 finished; 75 stopped as asked, and the same command goes on (SIGTERM, SIGUSR1, SIGINT, a file
+RUN_DIR/STOP, train.max_minutes); 1 failed; 2 refused: a recipe, ds_config, shard, model folder or checkpoint is not
+usable.
 """
 
 import argparse
@@ -11,11 +12,18 @@ import os
 import sys
 import textwrap
 import warnings
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from dstrain.config import Recipe, load_recipe
+from dstrain.engine.control import Control
 from dstrain.errors import DstrainError, TrainingHalted
 from dstrain.knobs import describe
+from dstrain.tracking.redact import mask_output
+
+if TYPE_CHECKING:
+    from dstrain.job import Job
 
 log = logging.getLogger("dstrain")
 
@@ -40,6 +48,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="auto", help="auto (newest checkpoint of run_dir, default), never, or a checkpoint folder"
     )
+    parser.add_argument(
+        "--accept",
+        default="",
+        metavar="KEY[,KEY...]",
+        help="recipe keys that may differ from the checkpoint's although they change what is learned",
+    )
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would be done, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
@@ -49,43 +63,63 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Check, build, run."""
     args = parse(argv)
+    control = Control()
+    control.listen()
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls names that torch has renamed
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
     )
-    started = False
+    mask_output()
     try:
         recipe = load_recipe(args.config, args.overrides)
         from dstrain.engine.ds_config import read_ds_config
 
         ds_config = read_ds_config(args.ds_config)
         from dstrain.announce import announce
+        from dstrain.continuation import parse_accepted
         from dstrain.engine import checkpoint, distributed
         from dstrain.job import prepare
-        from dstrain.trainer import Trainer
 
+        accepted = parse_accepted(args.accept)
         job = prepare(recipe, args.ds_config, ds_config, distributed.environment_world()[2])
         if args.resume == "auto":
-            job.check_continuation()
+            job.check_continuation(accepted)
         elif args.resume != "never":
             checkpoint.read_manifest(Path(args.resume))
         announce(job)
-        if not args.dry_run:
-            started = True
-            world = distributed.start()
-            finished = Trainer(job, world, resume=args.resume).run()
-            distributed.stop(0 if finished else 75, together=True)
+    except DstrainError as e:  # all ranks of a node find the same
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+            log.error("dstrain: error: %s", e)
+        return 2
+    return 0 if args.dry_run else train(job, control, args.resume, accepted)
+
+
+def train(job: "Job", control: Control, resume: str, accepted: Collection[str]) -> NoReturn:
+    """Join the other ranks, train, and end this process; an error is said once, by the rank that had it first."""
+    from dstrain.engine import distributed
+    from dstrain.engine.watch import Watch
+    from dstrain.trainer import Trainer
+
+    code = 1
+    world = distributed.start()
+    control.running = True
+    watch = Watch(job.recipe.guard.hang_minutes * 60, control.stop)
+    try:
+        code = 0 if Trainer(job, world, control, watch, resume=resume, accepted=accepted).run() else 75
     except DstrainError as e:
-        # Before the ranks start, all of a node find the same; after that, an error may be one rank's own.
-        if started or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+        if watch.is_first_to_say(str(e)):
             log.error("dstrain: error: %s", e)
         code = 1 if isinstance(e, TrainingHalted) else 2
-        if started:
-            distributed.stop(code, together=False)
-        return code
-    return 0
+    except Exception as e:
+        what = watch.missing()  # what an operation says that others take part in names nobody
+        if not what:
+            log.exception("dstrain: this rank failed")
+        elif watch.is_first_to_say(what):
+            log.error("dstrain: error: %s (%s). The last checkpoint is intact; the same command continues", what, e)
+    watch.leave(together=code in (0, 75))
+    distributed.stop(code, together=False)
 
 
 if __name__ == "__main__":

@@ -1,93 +1,47 @@
-"""Checkpoints that are whole or not there: staged, digested by all ranks, committed by one rename.
+"""Checkpoints that are whole or not there: finding, verifying and removing them. saver.py writes them.
 
-Each rank writes the trained state that it holds as safetensors (see state.py). DeepSpeed's own checkpoints are not
-used: its `latest` file is written before all shards are, nothing is synced to disk, its loader unpickles whatever it
-finds, and another world size needs a conversion (each seen with DeepSpeed 0.19.8).
+Each rank's trained state is one safetensors file (see state.py); the manifest has the digest of each, and a folder
+becomes a checkpoint by being renamed. DeepSpeed's own checkpoints are not used: its `latest` file is written before all
+shards are, nothing is synced to disk, its loader unpickles whatever it finds, and another world size needs a conversion
+(each seen with DeepSpeed 0.19.8).
 """
 
 import json
 import logging
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch.distributed as dist
-
-from dstrain.engine.state import file_name
+from dstrain.engine import distributed
 from dstrain.errors import CheckpointError
-from dstrain.storage import fsync_dir, fsync_file, sha256, write_json
-
-if TYPE_CHECKING:
-    from dstrain.engine.engine import Engine
+from dstrain.storage import move, remove, sha256
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 2
 
 
-def save(engine: "Engine", folder: Path, step: int, facts: Mapping[str, Any], keep: int) -> Path:
-    """Save the state after `step` optimizer steps as folder/step-N; collective.
-
-    Args:
-        engine: what is saved.
-        folder: RUN_DIR/checkpoints, the same on all ranks.
-        step: optimizer steps done.
-        facts: what must agree on resume (see `check_facts`) and what is good to know; goes into the manifest.
-        keep: newest checkpoints to keep.
-
-    Raises:
-        CheckpointError: a rank could not write, on all ranks; the half-written folder is removed, older checkpoints
-            are intact.
-    """
-    name = f"step-{step:08d}"
-    partial, final = folder / f".{name}.partial", folder / name
-    main = dist.get_rank() == 0
-
-    def phase(work: Callable[[], Any], everywhere: bool) -> list[Any]:
-        """Do one part of the work, and stop on all ranks if it failed on one."""
-        result, error = None, ""
-        try:
-            result = work() if everywhere or main else None
-        except (OSError, RuntimeError) as e:
-            error = f"rank {dist.get_rank()}: {e}"
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (result, error))
-        if errors := [e for _, e in gathered if e]:
-            if main:
-                shutil.rmtree(partial, ignore_errors=True)
-            dist.barrier()  # all ranks leave after the clean-up
-            free = shutil.disk_usage(folder.parent).free / 2**30
-            raise CheckpointError(f"{final}: not saved ({'; '.join(errors)}); {free:.2f} GiB are free there")
-        return [r for r, _ in gathered]
-
-    def begin() -> None:
-        for left_over in folder.glob(".step-*.partial"):
-            shutil.rmtree(left_over)
-        partial.mkdir(parents=True)
-
-    def commit() -> None:
-        manifest = {**facts, "format": FORMAT, "step": step, "files": {n: e for part in parts for n, e in part.items()}}
-        write_json(partial / MANIFEST, manifest)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, passed over on resume
-        partial.rename(final)
-        fsync_dir(folder)
-        for old in [p for p in _committed(folder) if p.name < name][keep - 1 :]:
-            shutil.rmtree(old)
-
-    phase(begin, everywhere=False)
-    own = partial / file_name(dist.get_rank())
-    phase(lambda: engine.master.write(own), everywhere=True)
-    # Each rank reads its own file again, so that none is missed where a network drive shows others' late.
-    parts = phase(lambda: {own.name: _digest(own)}, everywhere=True)
-    phase(commit, everywhere=False)
-    return final
+def name(step: int) -> str:
+    """Return the name of the folder of a checkpoint."""
+    return f"step-{step:08d}"
 
 
-def _digest(path: Path) -> tuple[int, str]:
-    fsync_file(path)
-    return path.stat().st_size, sha256(path)
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted saves and removals left in RUN_DIR/checkpoints; by one process, when none saves there."""
+    for left_over in [*folder.glob(".step-*.partial"), *folder.glob(".trash-*")]:
+        remove(left_over)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint; it stops being one before the first of its files goes."""
+    trash = path.with_name(f".trash-{path.name}")
+    move(path, trash)
+    remove(trash)
 
 
 def find(folder: Path) -> Path | None:
@@ -95,16 +49,15 @@ def find(folder: Path) -> Path | None:
 
     Damaged ones are named and passed over; CheckpointError if all are damaged, rather than starting over in silence.
     """
-    choice: list[Any] = [_committed(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(choice)
-    for path in choice[0]:
+    paths = distributed.from_main(committed(folder) if distributed.is_main() else [])
+    for path in paths:
         problem = damage(path)
         if not problem:
             return path
-        if dist.get_rank() == 0:
+        if distributed.is_main():
             log.warning("PASSING OVER a damaged checkpoint: %s; trying the one before", problem)
-    if choice[0]:
-        raise CheckpointError(f"{folder}: all {len(choice[0])} checkpoints are damaged; remove them to start over")
+    if paths:
+        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start over")
     return None
 
 
@@ -113,22 +66,22 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
     folder: RUN_DIR/checkpoints of the run that goes on; another run's checkpoints are never touched.
     """
-    if dist.get_rank() == 0:
-        for newer in _committed(folder):
-            if newer.name > f"step-{step:08d}":
+    if distributed.is_main():
+        for newer in committed(folder):
+            if newer.name > name(step):
                 hidden = newer.with_name(f".set-aside-{newer.name}")
                 number = 1
                 while hidden.exists():
                     number += 1
                     hidden = newer.with_name(f".set-aside-{newer.name}-{number}")
-                newer.rename(hidden)
+                move(newer, hidden)
                 log.warning("%s is newer than what is continued; it is kept as %s", newer, hidden.name)
-    dist.barrier()
+    distributed.barrier()
 
 
 def newest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of RUN_DIR/checkpoints by its name, undamaged or not; not collective."""
-    return next(iter(_committed(folder)), None)
+    return next(iter(committed(folder)), None)
 
 
 def damage(path: Path) -> str:
@@ -138,9 +91,7 @@ def damage(path: Path) -> str:
         problem = damaged_file(path, {name: manifest["files"][name] for name in _own_share(sorted(manifest["files"]))})
     except CheckpointError as e:
         problem = str(e)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, problem)
-    return next((p for p in gathered if p), "")
+    return next((p for p in distributed.gather(problem) if p), "")
 
 
 def damaged_file(path: Path, files: Mapping[str, tuple[int, str]]) -> str:
@@ -169,41 +120,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_facts(manifest: Mapping[str, Any], facts: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError if the run that saved `path` differs from this one in one of `facts`.
-
-    Digests among them are not spelt out where something else says what has changed.
-    """
-    changed = [key for key, value in facts.items() if manifest.get(key) != value]
-    if changed:
-        plain = [f"{k} was {manifest.get(k)!r}, is {facts[k]!r}" for k in changed if not _is_digest(manifest.get(k))]
-        shown = plain or [f"{key} is another" for key in changed]
-        raise CheckpointError(
-            f"{path}: cannot be continued, since this run differs: {'; '.join(shown)}."
-            " Change it back, or choose another run_dir"
-        )
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and all(c in "0123456789abcdef" for c in value)
-
-
-def _committed(folder: Path) -> list[Path]:
-    """Checkpoints, newest first."""
-    return sorted((p for p in folder.glob("step-*") if (p / MANIFEST).is_file()), reverse=True)
+def committed(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of RUN_DIR/checkpoints, undamaged or not, newest first."""
+    found = (p for p in folder.glob("step-*") if p.name[5:].isdecimal() and (p / MANIFEST).is_file())
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _own_share(items: list[Any]) -> Iterator[Any]:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return (item for i, item in enumerate(items) if i % size == rank)
-
-
-def check_writable(run_dir: Path) -> None:
-    """Raise CheckpointError unless files can be made in `run_dir`, which is created if it is not there."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".probe-{secrets.token_hex(8)}"
-        probe.write_bytes(b"x")
-        probe.unlink(missing_ok=True)
-    except OSError as e:
-        raise CheckpointError(f"run_dir {run_dir} cannot be written: {e.strerror}; choose another run_dir") from e
+    return iter(items[distributed.rank() :: distributed.world_size()])

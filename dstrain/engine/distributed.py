@@ -6,12 +6,14 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dstrain import faults
 from dstrain.errors import ConfigError
 
 T = TypeVar("T")
@@ -74,8 +76,7 @@ def start() -> World:
     deepspeed.init_distributed(verbose=False)
     if device.type == "cpu":
         _forget_shared_memory(rank)
-    if dist.get_backend() != "gloo":
-        _Control.group = dist.new_group(backend="gloo")
+    _Control.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return World(rank, local_rank, size, device)
 
 
@@ -91,9 +92,41 @@ def _forget_shared_memory(rank: int) -> None:
 
 
 class _Control:
-    """The group in which ranks talk about the run: on the host, so that no GPU is waited for."""
+    """The group in which ranks talk about the run: on the host, so that no GPU is waited for.
 
-    group: dist.ProcessGroup | None = None  # None is the group of all, where that is gloo's
+    It has time for the longest save; who makes the others wait without doing anything is found by watch.py.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+
+def gather(item: T) -> list[T]:
+    """Return what each rank gives, by rank, to all of them."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item, group=_Control.group)
+    return gathered
+
+
+def from_main(item: T) -> T:
+    """Return what rank 0 gives, to all ranks."""
+    holder = [item]
+    dist.broadcast_object_list(holder, group=_Control.group)
+    return holder[0]
+
+
+def rank() -> int:
+    """Return this process's number among all."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return dist.get_rank() == 0
 
 
 def share(items: Sequence[T]) -> list[T]:
@@ -104,19 +137,17 @@ def share(items: Sequence[T]) -> list[T]:
         dist.all_reduce(count, group=_Control.group)
     if not count.item():
         return []
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, list(items), group=_Control.group)
-    return [item for part in gathered for item in part]
+    return [item for part in gather(list(items)) for item in part]
 
 
 def stop(code: int, *, together: bool) -> NoReturn:
     """End this process with exit code `code`; `together` waits for the other ranks first.
 
-    Without the interpreter's teardown: there gloo's and DeepSpeed's threads now and then abort a run that is done
-    ("terminate called without an active exception"), and the launcher would report it as failed.
+    Without the interpreter's teardown: there gloo's and DeepSpeed's threads now and then abort a run that is done ("terminate called without an active
+    exception"), and the launcher would report it as failed.
     """
     if together and dist.is_initialized():
-        dist.barrier()
+        barrier()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -153,7 +184,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def barrier() -> None:
     """Wait until all ranks are here."""
-    dist.barrier()
+    faults.reach("barrier")
+    dist.barrier(group=_Control.group)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -165,8 +197,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
     """Raise ConfigError on all ranks unless every rank holds the same facts; it names the fact and the ranks."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(facts))
+    gathered = gather(dict(facts))
     for key, value in gathered[0].items():
         others = [f"rank {r}: {g.get(key)!r}" for r, g in enumerate(gathered) if g.get(key) != value]
         if others:

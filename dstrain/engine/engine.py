@@ -70,6 +70,7 @@ class Engine:
             for group, peak in zip(optimizer.param_groups, self._peak_lr):
                 group["lr"] = peak * lr_factor
         self._forget_bias_correction()
+        self.master.may_change.wait()
         norm = self._step()
         if self.ema_decay and math.isfinite(norm):
             self.master.update_average(min(self.ema_decay, (1 + steps_done) / (10 + steps_done)))

@@ -5,12 +5,12 @@ stages 1 and 2 a range of all parameters end to end; without ZeRO all of them. H
 `Fragment`s, so that saving, restoring and averaging need neither a gather nor to know the stage.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dstrain.engine import moments
-from dstrain.engine.state import Piece, State, write_state
+from dstrain.engine.state import Piece, State
 
 Names = Mapping[int, str]  # of parameters, by id
 
@@ -121,6 +121,8 @@ class Master:
         self.ds = ds
         self.groups = groups(ds, names)
         self.average: dict[str, Tensor] = {}
+        self.may_change = threading.Event()  # cleared while somebody else reads the state, which must not change then
+        self.may_change.set()
         self._computes_with_average = False
 
     def start_average(self, device: torch.device | None) -> None:
@@ -154,6 +156,7 @@ class Master:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Exchange weights and average where they have one dtype; where the weights are rounded, round them anew."""
+        self.may_change.wait()
         back = self._computes_with_average
         for group in self.groups:
             with group.in_memory():
@@ -168,20 +171,29 @@ class Master:
         self._computes_with_average = not back
         _publish(self.ds.optimizer)
 
-    def write(self, path: Path) -> None:
-        """Write what this rank is to write: weight, the optimizer's moments, ema. Raises OSError."""
-        pieces, steps = list[Piece](), 0
+    def pieces(self) -> list[Piece]:
+        """Return what of the state this rank is to save: weight, the optimizer's moments, ema."""
+        found = list[Piece]()
         for group in self.groups:
             kinds = {"weight": group.flat.dtype, **moments.kinds(group.optimizer, group.flat)}
             kinds |= {"ema": torch.float32} if self.average else {}
-            steps = max(steps, moments.steps(group.optimizer, group.flat))
             for f in group.fragments:
                 first, last = _share(group, f)
-                pieces.append(Piece(f.name, f.shape, f.start + first, last - first, kinds))
-        write_state(path, pieces, self._tensors(), steps)
+                found.append(Piece(f.name, f.shape, f.start + first, last - first, kinds))
+        return found
 
-    def _tensors(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each piece that `write` announces."""
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that the optimizer counts."""
+        return max(moments.steps(group.optimizer, group.flat) for group in self.groups)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether DeepSpeed keeps a part of the state on NVMe, from where it can only be read between steps."""
+        return any(group.fetch for group in self.groups)
+
+    def tensors(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the tensors of each of `pieces`, 1-D, where they lie; they may be views."""
         for group in self.groups:
             with group.in_memory():
                 flats = {"weight": group.flat, **moments.tensors(group.optimizer, group.flat)}
@@ -193,8 +205,12 @@ class Master:
                     yield {kind: tensor[first:last] for kind, tensor in found.items()}
 
     @torch.no_grad()
-    def restore(self, saved: State) -> None:
-        """Take fp32 weights, moments and average from a checkpoint; what the model computes with must be there."""
+    def restore(self, saved: State, *, publish: bool = False) -> None:
+        """Take fp32 weights, moments and average from a checkpoint.
+
+        What the model computes with must be there already, or is brought there with `publish`, which is collective.
+        """
+        self.may_change.wait()
         for group in self.groups:
             with group.in_memory():
                 found = dict[str, Tensor]()
@@ -215,6 +231,10 @@ class Master:
                             f.of(found[kind]).copy_(values)
                 if found:
                     moments.put(group.optimizer, group.flat, found, saved.optimizer_step)
+                for f in group.fragments if publish else ():
+                    f.weight().copy_(f.of(group.flat))
+        if publish:
+            _publish(self.ds.optimizer)
 
 
 def _share(group: Group, f: Fragment) -> tuple[int, int]:

@@ -7,7 +7,6 @@ can be read by any other, whole or by range. There is no pickle in it.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dstrain.errors import CheckpointError
 from dstrain.models.weights import Entry, read_header, write_header, write_tensor
+from dstrain.storage import HashedFile
 
 PATTERN = "rank-*.safetensors"
 
@@ -38,26 +38,30 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_state(path: Path, pieces: Sequence[Piece], data: Iterable[Mapping[str, Tensor]], optimizer_step: int) -> None:
-    """Write a rank's pieces; `data` yields the tensors of each piece in turn, 1-D on any device.
+def write_state(
+    path: Path, pieces: Sequence[Piece], data: Iterable[Mapping[str, Tensor]], optimizer_step: int
+) -> tuple[int, str]:
+    """Write a rank's pieces and return the file's size and SHA-256; `data` yields the tensors of each piece in turn.
 
-    One piece is in memory at a time. Raises OSError if the disk is full.
+    They are 1-D on any device; one piece is in memory at a time. Raises OSError if the disk is full, CheckpointError if
+    a number is not finite.
     """
     metadata = {
         "format": "pt",
         "optimizer_step": str(optimizer_step),
         "slices": json.dumps({p.name: [p.start, list(p.shape)] for p in pieces}),
     }
-    with path.open("wb") as file:
+    with HashedFile(path) as file:
         write_header(
             file, metadata, [(f"{kind}:{p.name}", dtype, [p.size]) for p in pieces for kind, dtype in p.kinds.items()]
         )
         for piece, tensors in zip(pieces, data, strict=True):
             for kind, dtype in piece.kinds.items():
                 assert tensors[kind].shape == (piece.size,) and tensors[kind].dtype == dtype
+                if piece.size and not torch.stack(torch.aminmax(tensors[kind])).isfinite().all():
+                    raise CheckpointError(f"{kind} of {piece.name!r} is not finite")
                 write_tensor(file, tensors[kind], dtype)
-        file.flush()
-        os.fsync(file.fileno())
+    return file.entry
 
 
 class State:

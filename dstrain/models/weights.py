@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,13 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
+
+
+class Output(Protocol):
+    """Where bytes go: an open file, or one that counts them."""
+
+    def write(self, data: Any, /) -> Any:
+        """Append bytes."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def write_header(
-    file: BinaryIO, metadata: Mapping[str, str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
+    file: Output, metadata: Mapping[str, str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
 ) -> None:
     """Write what stands in front of the bytes of `tensors` (name, dtype, shape), which must follow in this order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -178,7 +185,7 @@ def write_header(
     file.write(struct.pack("<Q", len(text)) + text)
 
 
-def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+def write_tensor(file: Output, tensor: Tensor, dtype: torch.dtype) -> None:
     """Write a tensor's bytes in `dtype`."""
     data = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
     file.write(data.numpy().data)

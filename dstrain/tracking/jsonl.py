@@ -24,9 +24,8 @@ class JsonlTracker:
     def __init__(self, path: Path, *, first_step: int) -> None:
         """Open `path` for appending; what an earlier run wrote for `first_step` and later is cut off first."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_back(path, first_step)
-        self._file = path.open("ab")
-        fsync_dir(path.parent)
+        self._path = path
+        self._open(first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the line of `step`; it has reached the operating system when this returns."""
@@ -37,6 +36,11 @@ class JsonlTracker:
     def log_image(self, step: int, name: str, path: Path) -> None:
         """Do nothing: the picture is a file of the run folder already."""
 
+    def rewind(self, step: int) -> None:
+        """Cut off the lines of `step` and later."""
+        self.finish()
+        self._open(step)
+
     def sync(self) -> None:
         """Make all lines durable. Call it before a checkpoint is committed."""
         os.fsync(self._file.fileno())
@@ -46,6 +50,11 @@ class JsonlTracker:
         if not self._file.closed:
             self.sync()
             self._file.close()
+
+    def _open(self, first_step: int) -> None:
+        _cut_back(self._path, first_step)
+        self._file = self._path.open("ab")
+        fsync_dir(self._path.parent)
 
 
 def read_metrics(source: Path) -> list[dict[str, float]]:

@@ -17,6 +17,9 @@ class Tracker(Protocol):
     def log_image(self, step: int, name: str, path: Path) -> None:
         """Show the picture file `path` under `name` at `step`; called after `log(step, ...)`."""
 
+    def rewind(self, step: int) -> None:
+        """Forget what was logged for `step` and later, where it can be forgotten: these steps are taken anew."""
+
     def sync(self) -> None:
         """Make what was logged durable."""
 
@@ -72,6 +75,11 @@ class Tee:
         """See Tracker."""
         for tracker in self._trackers:
             tracker.log_image(step, name, path)
+
+    def rewind(self, step: int) -> None:
+        """See Tracker."""
+        for tracker in self._trackers:
+            tracker.rewind(step)
 
     def sync(self) -> None:
         """See Tracker."""

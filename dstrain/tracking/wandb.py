@@ -125,6 +125,9 @@ class WandbTracker:
         """Queue a picture; the file must stay until the end of the run."""
         self._put(step, {name: path})
 
+    def rewind(self, step: int) -> None:
+        """Do nothing: W&B keeps the first row that it got for a step."""
+
     def sync(self) -> None:
         """Do nothing: what must last is in metrics.jsonl."""
 

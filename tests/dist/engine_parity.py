@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from dstrain.config import LoraConfig, Recipe
-from dstrain.knobs import build
 from dstrain.engine import distributed
 from dstrain.engine.ds_config import complete
 from dstrain.engine.engine import build_engine
+from dstrain.knobs import build
 from dstrain.models.init import initial_slice
 from dstrain.models.lora import plain_name
 from dstrain.models.packing import PackLayout

@@ -9,9 +9,9 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import groups
 from engine_parity import PARAMS, fill, gap, make, plain_copy, recipe, side_by_side
-from engine_resume import everything, steps
+from engine_resume import everything, save, steps
 
-from dstrain.engine import checkpoint, distributed
+from dstrain.engine import distributed
 from dstrain.engine.ds_config import complete
 from dstrain.engine.engine import Engine, build_engine
 from dstrain.engine.state import State
@@ -94,9 +94,9 @@ def _in_files(engine: Engine) -> tuple[int, int]:
 
 def _resumed(engine: Engine, build, folder: Path, world) -> bool:
     """Two steps more, straight and after a restart; the engines follow each other, for they have the same files."""
-    path = checkpoint.save(engine, folder, 4, {}, keep=3)
+    path = save(engine, folder, 4, keep=3)
     straight = steps(engine, 4, 6, world)
-    end = everything(checkpoint.save(engine, folder, 6, {}, keep=3))
+    end = everything(save(engine, folder, 6, keep=3))
     engine.ds.destroy()
     state = State(path)
 
@@ -106,7 +106,7 @@ def _resumed(engine: Engine, build, folder: Path, world) -> bool:
     other = build(values)
     other.master.restore(state)
     again = steps(other, 4, 6, world)
-    same = everything(checkpoint.save(other, folder, 7, {}, keep=3))
+    same = everything(save(other, folder, 7, keep=3))
     other.ds.destroy()
     return again == straight and end.keys() == same.keys() and all(torch.equal(end[k], same[k]) for k in end)
 

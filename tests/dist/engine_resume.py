@@ -1,6 +1,7 @@
 """Runs on each rank: save and continue at every stage, precision and world size, averages, and failed saves."""
 
-import errno
+import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from engine_parity import batches, fill, loss_sum, make, recipe
 from dstrain.engine import checkpoint, distributed
 from dstrain.engine.ds_config import complete
 from dstrain.engine.engine import Engine, build_engine
+from dstrain.engine.saver import Saver
 from dstrain.engine.state import State
 from dstrain.errors import CheckpointError
 
@@ -37,6 +39,12 @@ def build(
     if state:
         engine.master.restore(state)
     return engine
+
+
+def save(engine: Engine, folder: Path, step: int, keep: int) -> Path:
+    saver = Saver(engine.master, folder, keep=keep)
+    saver.begin(step, {})
+    return saver.commit()
 
 
 def steps(engine: Engine, first: int, last: int, world) -> list[float]:
@@ -70,13 +78,13 @@ def resume(cases: dict[str, tuple[dict, bool, str]], tmp: str) -> dict[str, tupl
         folder = Path(tmp) / name
         engine = build(ds, bf16, world, what)
         steps(engine, 0, 2, world)
-        path = checkpoint.save(engine, folder, 2, {}, keep=3)
+        path = save(engine, folder, 2, keep=3)
         straight = steps(engine, 2, 4, world)
-        end = everything(checkpoint.save(engine, folder, 4, {}, keep=3))
+        end = everything(save(engine, folder, 4, keep=3))
         assert checkpoint.damage(path) == ""
         other = build(ds, bf16, world, what, saved=path)
         again = steps(other, 2, 4, world)
-        same = everything(checkpoint.save(other, folder, 5, {}, keep=3))
+        same = everything(save(other, folder, 5, keep=3))
         results[name] = again == straight, end.keys() == same.keys() and all(torch.equal(end[k], same[k]) for k in end)
     return results
 
@@ -88,7 +96,7 @@ def other_optimizers(cases: dict[str, tuple[dict, str]], tmp: str) -> dict[str, 
     for name, (ds, optimizer) in cases.items():
         engine = build(ds, False, world, optimizer=optimizer)
         steps(engine, 0, 2, world)
-        path = checkpoint.save(engine, Path(tmp) / name, 2, {}, keep=3)
+        path = save(engine, Path(tmp) / name, 2, keep=3)
         straight = steps(engine, 2, 4, world)
         other = build(ds, False, world, saved=path, optimizer=optimizer)
         results[name] = straight, steps(other, 2, 4, world)
@@ -100,7 +108,7 @@ def run_and_save(ds: dict, what: str, folder: str, first: int, last: int, saved:
     world = distributed.start()
     engine = build(ds, False, world, what, saved=Path(saved) if saved else None)
     rows = steps(engine, first, last, world)
-    checkpoint.save(engine, Path(folder), last, {}, keep=3)
+    save(engine, Path(folder), last, keep=3)
     return rows
 
 
@@ -143,17 +151,12 @@ def full_disk(tmp: str) -> tuple[str, list[str]]:
     world = distributed.start()
     engine = build({"zero_optimization": {"stage": 3}}, False, world)
     folder = Path(tmp) / "checkpoints"
-    checkpoint.save(engine, folder, 1, {}, keep=2)
+    save(engine, folder, 1, keep=2)
     if world.rank == 1:
-
-        def no_space(path):
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        engine.master.write = no_space
+        os.environ["DSTRAIN_FAULTS"] = json.dumps([{"at": "write", "do": "ENOSPC", "nth": 4}])
     said = ""
     try:
-        checkpoint.save(engine, folder, 2, {}, keep=2)
+        save(engine, folder, 2, keep=2)
     except CheckpointError as e:
         said = str(e)
     left = sorted(p.name for p in folder.iterdir())

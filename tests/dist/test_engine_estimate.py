@@ -1,6 +1,5 @@
 """The bytes that are predicted are those that DeepSpeed allocates on two real ranks."""
 
-
 import engine_estimate
 import pytest
 import torch

@@ -1,0 +1,67 @@
+"""Wishes to stop: signals, a STOP file, a time limit, a launcher that is gone. Seen by one rank, agreed by all.
+
+Nothing happens in a signal handler but that the wish is noted; the trainer looks at it at the end of each step, where
+one sum over the ranks tells all of them. Imports nothing heavy, so that signals are caught from the start.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_FILE = "STOP"
+HOLD_VARIABLE = "DSTRAIN_HOLD_FILE"  # a file that says that a person has stopped the run, not the machine
+
+
+class Control:
+    """What this process has been asked to do."""
+
+    def __init__(self) -> None:
+        self.reason = ""  # to stop; empty = go on
+        self.by_person = False  # who does not want it to come back by itself
+        self.running = False  # once the ranks work together, they stop together
+        self._signals = 0
+        self._looked = 0.0
+
+    def listen(self) -> None:
+        """Note SIGTERM, SIGUSR1 and SIGINT from now on; the third ends the process without saving."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def stop(self, reason: str, *, by_person: bool = False) -> None:
+        """Ask for a stop."""
+        self.reason, self.by_person = self.reason or reason, self.by_person or by_person
+
+    def look(self, run_dir: Path) -> None:
+        """Look for RUN_DIR/STOP, once a second at most; for one rank."""
+        if time.monotonic() - self._looked > 1:
+            self._looked = time.monotonic()
+            if (run_dir / STOP_FILE).exists():
+                self.stop(f"{run_dir / STOP_FILE}", by_person=True)
+
+    def obeyed(self, run_dir: Path) -> None:
+        """Take away the STOP file, and tell a batch script if a person wanted the stop; by one rank."""
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        if self.by_person and (hold := os.environ.get(HOLD_VARIABLE)):
+            Path(hold).touch()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        self._signals += 1
+        if not self.running:
+            _say(f"stopped by {name} before the start; there is nothing to save")
+            os._exit(75)
+        if self._signals == 1:
+            self.stop(name, by_person=number == signal.SIGINT)
+            _say(f"{name}: stopping after this step, with a checkpoint; a third signal ends without one")
+        elif self._signals > 2:
+            _say(f"{name}: ended without saving; the last checkpoint is intact")
+            os._exit(1)
+
+
+def _say(text: str) -> None:
+    """Print from a signal handler, where logging could wait for itself; rank 0 speaks for all that were told."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        os.write(2, f"{text}\n".encode())

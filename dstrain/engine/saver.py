@@ -1,0 +1,267 @@
+"""Saving while the training goes on: copied between two updates, written by a thread, committed by all ranks at once.
+
+A save begins at the end of a step. From then to the next update nothing changes what is saved, so a thread copies it to
+host memory meanwhile, and only then writes the file. Each rank writes what it holds (see state.py) and knows the digest
+of it; the checkpoint is there when rank 0, told by all ranks that their files are durable, has renamed its folder.
+"""
+
+import logging
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dstrain import faults
+from dstrain.engine import checkpoint, distributed
+from dstrain.engine.host_memory import available_memory
+from dstrain.engine.master import Master
+from dstrain.engine.state import Piece, file_name, write_state
+from dstrain.errors import CheckpointError, DstrainError
+from dstrain.storage import make_folder, move, write_json
+
+GIB = 2**30
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves the state of a run as folder/step-N and keeps the newest `keep`, besides all multiples of `keep_every`.
+
+    background: "on" and "auto" write beside the training; "auto" only where every node has memory for the copy.
+    busy: called again and again while a file is written, from the thread that does.
+    `begin` and `commit` are collective, and so is `finish`.
+    """
+
+    def __init__(
+        self,
+        master: Master,
+        folder: Path,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        background: Literal["auto", "on", "off"] = "off",
+        busy: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._master, self._folder, self._busy = master, folder, busy
+        self._keep, self._keep_every = keep, keep_every
+        self._background = "off" if master.is_on_disk else background
+        self._copy: _Copy | None = None
+        self._write: _Write | None = None
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save has begun that is not committed; the same on all ranks."""
+        return self._write is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing to write any more, and `commit` would not wait for it."""
+        return self._write is None or not self._write.thread.is_alive()
+
+    @property
+    def in_background(self) -> bool:
+        """Whether the save that has begun is written while the training goes on; the same on all ranks."""
+        return self._write is not None and self._write.copied
+
+    def begin(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Begin to save the state after `step` updates. The state must not change before `Master.may_change`.
+
+        facts: what goes into the manifest besides.
+
+        Raises:
+            CheckpointError: there is no room, or the folder cannot be made; on all ranks.
+        """
+        assert self._write is None, "commit the last one first"
+        faults.reach("save", step)
+        partial = self._folder / f".{checkpoint.name(step)}.partial"
+        pieces = self._master.pieces()
+        size = sum(p.size * dtype.itemsize for p in pieces for dtype in p.kinds.values())
+        needs = distributed.gather((size, socket.gethostname(), available_memory(), self._copy is not None))
+        background = self._background != "off" and (self._background == "on" or _has_room(needs))
+        if not background and self._background == "auto":
+            log.info("checkpoints are written while the training waits: the host has no memory for a copy of the state")
+            self._background = "off"
+
+        def make() -> None:
+            checkpoint.sweep(self._folder)
+            self._check_space(sum(need[0] for need in needs))
+            make_folder(partial)
+
+        self._together(step, make if distributed.is_main() else None)
+        if background and (self._copy is None or self._copy.pieces != pieces):
+            self._copy = _Copy(pieces)
+        self._write = _Write(self._master, step, partial, pieces, self._copy if background else None, facts, self._busy)
+        if not background:
+            self._write.thread.join()
+
+    def commit(self) -> Path:
+        """Publish the save that has begun, once all ranks have written; returns its folder.
+
+        Raises:
+            CheckpointError: a rank could not write, on all ranks; what is half there is removed, older checkpoints are
+                intact.
+        """
+        assert self._write is not None
+        write, self._write = self._write, None
+        parts = self._together(write.step, write.result)
+        final = self._folder / checkpoint.name(write.step)
+
+        def publish() -> None:
+            files = {file: entry for part in parts for file, entry in part.items()}
+            manifest = {**write.facts, "format": checkpoint.FORMAT, "step": write.step, "files": files}
+            write_json(write.partial / checkpoint.MANIFEST, manifest)
+            if final.exists():  # a damaged one of the same step, passed over on resume
+                checkpoint.discard(final)
+            move(write.partial, final)
+            self._retire(write.step)
+
+        self._together(write.step, publish if distributed.is_main() else None)
+        return final
+
+    def finish(self) -> None:
+        """Wait for the thread, without publishing what it writes."""
+        if self._write is not None:
+            self._write.thread.join()
+
+    def _together(self, step: int, work: Callable[[], Any] | None) -> list[Any]:
+        """Do a part of the work, and stop on all ranks if it failed on one; returns what each rank's gave."""
+        result, error = None, ""
+        try:
+            result = work() if work else None
+        except (OSError, RuntimeError, DstrainError) as e:
+            error = f"rank {distributed.rank()}: {e}"
+        gathered = distributed.gather((result, error))
+        if errors := [e for _, e in gathered if e]:
+            if distributed.is_main():
+                shutil.rmtree(self._folder / f".{checkpoint.name(step)}.partial", ignore_errors=True)
+            distributed.barrier()  # all ranks leave after the clean-up
+            raise CheckpointError(
+                f"{self._folder / checkpoint.name(step)}: not saved ({'; '.join(errors[:4])}); older checkpoints are"
+                f" intact, and {_free(self._folder) / GIB:.2f} GiB are free there"
+            )
+        return [r for r, _ in gathered]
+
+    def _check_space(self, need: int) -> None:
+        need += need // 50 + (1 << 20)  # headers, the manifest, and what the file system takes for itself
+        if need > (free := _free(self._folder)):
+            raise CheckpointError(
+                f"No space left: the checkpoint takes {need / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; make"
+                " room, or lower train.keep_checkpoints"
+            )
+
+    def _retire(self, step: int) -> None:
+        older = [p for p in checkpoint.committed(self._folder) if p.name < checkpoint.name(step)]
+        for path in older[self._keep - 1 :]:
+            if not self._keep_every or checkpoint.step_of(path) % self._keep_every:
+                checkpoint.discard(path)
+
+
+class _Write:
+    """One rank's part of a save: `thread` copies, if there is a copy, then writes; `result` says how it ended."""
+
+    def __init__(
+        self,
+        master: Master,
+        step: int,
+        partial: Path,
+        pieces: Sequence[Piece],
+        copy: "_Copy | None",
+        facts: Mapping[str, Any],
+        busy: Callable[[], None],
+    ) -> None:
+        self._busy = busy
+        self.step, self.partial, self.facts = step, partial, facts
+        self._master, self._pieces, self._copy = master, pieces, copy
+        self.copied = copy is not None
+        self._optimizer_step = master.optimizer_step
+        self._entry: tuple[int, str] | None = None
+        self._error: BaseException | None = None
+        self._ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        master.may_change.clear()
+        self.thread = threading.Thread(target=self._run, name="dstrain-save", daemon=True)
+        self.thread.start()
+
+    @property
+    def _file(self) -> Path:
+        return self.partial / file_name(distributed.rank())
+
+    def result(self) -> dict[str, tuple[int, str]]:
+        """Wait, and return {file name: (size, SHA-256)}; raises what the thread met."""
+        self.thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._entry is not None
+        return {self._file.name: self._entry}
+
+    def _counted(self, tensors: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        for item in tensors:
+            self._busy()
+            yield item
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        try:
+            tensors = self._master.tensors()
+            if self._copy is not None:
+                tensors = self._copy.take(tensors, self._ready)
+                self._master.may_change.set()
+            self._entry = write_state(self._file, self._pieces, self._counted(tensors), self._optimizer_step)
+        except BaseException as e:
+            self._error = e if isinstance(e, OSError | RuntimeError | DstrainError) else RuntimeError(repr(e))
+        finally:
+            self._master.may_change.set()
+
+
+class _Copy:
+    """Host memory for the state of this rank, taken once and used for every save."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self.pieces = pieces
+        places = [(kind, dtype, piece.size) for piece in pieces for kind, dtype in piece.kinds.items()]
+        ends = [0, *accumulate(-(-size * dtype.itemsize // 8) * 8 for _, dtype, size in places)]
+        memory = torch.empty(ends[-1], dtype=torch.uint8)
+        if torch.cuda.is_available() and ends[-1]:
+            # Page-locked, so that the GPU copies beside its work. It is no error if the system does not let us.
+            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), ends[-1], 0)
+        views = (
+            memory[begin : begin + size * dtype.itemsize].view(dtype) for begin, (_, dtype, size) in zip(ends, places)
+        )
+        self._buffers: list[dict[str, Tensor]] = [{kind: next(views) for kind in piece.kinds} for piece in pieces]
+
+    def take(self, tensors: Iterator[dict[str, Tensor]], ready: Any) -> Iterator[dict[str, Tensor]]:
+        """Copy the tensors of each piece, which are whole after the CUDA event `ready`; returns the copies."""
+        if ready is None:
+            self._fill(tensors)
+        else:
+            with torch.cuda.stream(torch.cuda.Stream()) as _:
+                torch.cuda.current_stream().wait_event(ready)
+                self._fill(tensors)
+                torch.cuda.current_stream().synchronize()
+        return iter(self._buffers)
+
+    def _fill(self, tensors: Iterator[dict[str, Tensor]]) -> None:
+        for buffers, found in zip(self._buffers, tensors, strict=True):
+            for kind, buffer in buffers.items():
+                buffer.copy_(found[kind], non_blocking=True)
+
+
+def _has_room(needs: list[tuple[int, str, float, bool]]) -> bool:
+    """Whether each host has memory for the copies of its ranks, and a tenth of that to spare."""
+    hosts = {host for _, host, _, _ in needs}
+    for host in hosts:
+        mine = [(size, free) for size, where, free, has_copy in needs if where == host and not has_copy]
+        if mine and 1.1 * sum(size for size, _ in mine) > min(free for _, free in mine):
+            return False
+    return True
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
