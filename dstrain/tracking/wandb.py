@@ -96,7 +96,7 @@ class WandbTracker:
         config: Mapping[str, Any],
         *,
         init_s: float = 30.0,
-        finish_s: float = 10.0,
+        finish_s: float = 8.0,
     ) -> None:
         """Return at once; the run opens in the background, within `init_s` seconds or offline."""
         self._mode = mode
