@@ -50,6 +50,10 @@ class Spikes:
     widen. The whole step strays by the mean over the ranges, the steadier ones counting more. Medians do not see a few
     strange values; and a spike is not added to them.
 
+    What it can tell, at 5 deviations, where single losses scatter by a factor e^0.7 (one standard deviation): ten times
+    the loss of a whole step from 16 samples on, and of one range from about 16 samples in it. One sample's never: that
+    happens by itself.
+
     Args:
         deviations: how many robust standard deviations make a spike.
         window: steps that are remembered.
@@ -68,7 +72,7 @@ class Spikes:
     def judge(self, bins: Any) -> Spike | None:
         """Look at a step's sums of losses and counts of samples by sigma, [2, 4] (tracking.metrics.sigma_bins).
 
-        One that is not finite is passed over. Takes about 0.1 ms.
+        One that is not finite is passed over. Takes about 0.15 ms.
         """
         sums, counts = np.asarray(bins, dtype=np.float64)
         if not (np.isfinite(sums).all() and counts.any()):

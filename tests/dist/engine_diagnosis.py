@@ -140,9 +140,9 @@ def planted(cases: dict[str, tuple[dict, bool, str]]) -> dict[str, dict[str, lis
         found["text"] = look(engine, good, packs, world)
         packs = packs_of(0, world)
 
-        with spoilt_master(engine, world) as name:
+        with spoilt_master(engine, world) as parameter:
             found["master"] = look(engine, good, packs, world)
-        found["name"] = distributed.share([name] if world.rank == 0 else [])
+        found["name"] = distributed.share([parameter] if world.rank == 0 else [])
         if world.rank == 0:
             with torch.no_grad():
                 first_of(engine)[0].weight()[0] = NAN
