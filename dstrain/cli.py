@@ -15,7 +15,7 @@ from io import TextIOWrapper
 from dstrain import __version__
 from dstrain.errors import DstrainError
 
-COMMANDS = ("pack", "index", "verify", "preview", "encode", "init", "check", "estimate", "sample", "export", "report")
+COMMANDS = "pack index verify preview encode init check estimate preflight sample export report".split()
 _DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS)
 ABOUT = "Prepare data and models for dstrain, paint pictures, and look at runs. Training: launch/train.py."
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# A real SLURM of two nodes, n1 and n2, on this one host, from Debian's packages and without systemd. As root:
+# A real SLURM of three nodes, n1 to n3, on this one host, from Debian's packages and without systemd. As root:
 #
 #   bash tests/slurm/cluster.sh start STATE     STATE is a scratch folder; prints the SLURM_CONF to export
 #   bash tests/slurm/cluster.sh stop STATE
 #
-# Both nodes share the host, its loopback and its file system. Rendezvous, signals, requeue and limits are real.
+# The nodes share the host, its loopback and its file system. Rendezvous, signals, requeue, preemption by the partition
+# `urgent` and limits are real.
 set -euo pipefail
 
-mark="# two nodes of the dstrain tests"
+mark="# nodes of the dstrain tests"
 
 start() {
     local state="$1" cpus
@@ -39,11 +40,12 @@ ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=$cpus State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+NodeName=n[1-3] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-17003] CPUs=$cpus State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 CONF
     # As on a real cluster, the names of the nodes can be resolved.
-    grep -q "$mark" /etc/hosts || echo "127.0.0.1 n1 n2 $mark" >>/etc/hosts
+    grep -q "$mark" /etc/hosts || echo "127.0.0.1 n1 n2 n3 $mark" >>/etc/hosts
     if ! munge -n 2>/dev/null | unmunge >/dev/null 2>&1; then
         chown -R munge /run/munge /etc/munge /var/log/munge /var/lib/munge
         su munge -s /bin/sh -c /usr/sbin/munged
@@ -53,8 +55,9 @@ CONF
     slurmctld
     slurmd -N n1
     slurmd -N n2
+    slurmd -N n3
     for _ in $(seq 60); do
-        if [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 2 ]; then
+        if [ "$(sinfo -h -t idle -p main -o %D 2>/dev/null)" = 3 ]; then
             echo "$SLURM_CONF"
             return
         fi
@@ -68,7 +71,7 @@ CONF
 stop() {
     local state="$1" name pid
     SLURM_CONF="$state/slurm.conf" scancel --state=PENDING,RUNNING --user=root 2>/dev/null || true
-    for name in slurmd.n1 slurmd.n2 slurmctld munged; do
+    for name in slurmd.n1 slurmd.n2 slurmd.n3 slurmctld munged; do
         if [ -f "$state/$name.pid" ]; then
             pid="$(cat "$state/$name.pid")"
             kill "$pid" 2>/dev/null || true
