@@ -218,7 +218,7 @@ class GuardConfig:
         "warn", "loss far above what is usual at its noise levels: say so, or go back to a checkpoint and skip its data"
     )
     spike_deviations: float = knob(
-        10.0, "how far above the median of the last 200 steps, in robust standard deviations, is a spike", low=3
+        5.0, "how far above the median of the last 50 steps is a spike: in robust deviations of the log loss", low=3
     )
     skip_steps: int = knob(10, "batches left out after the one with the spike (spikes: skip)", low=0)
 

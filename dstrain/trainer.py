@@ -309,7 +309,8 @@ class Trainer:
         if spike is not None:
             samples = [sample for pack in packs for sample in pack.samples]
             losses, sigmas = (torch.cat([getattr(pack, name) for pack in packs]) for name in ("losses", "sigmas"))
-            message = self._report(step, str(spike), suspects(self.world.rank, samples, losses, sigmas))
+            usual = self.guards.spikes.usual()
+            message = self._report(step, str(spike), suspects(self.world.rank, samples, losses, sigmas, usual))
             if self.world.is_main:
                 log.warning("%s", message)
         return spike if guard.spikes == "skip" else None

@@ -143,8 +143,8 @@ def share(items: Sequence[T]) -> list[T]:
 def stop(code: int, *, together: bool) -> NoReturn:
     """End this process with exit code `code`; `together` waits for the other ranks first.
 
-    Without the interpreter's teardown: there gloo's and DeepSpeed's threads now and then abort a run that is done ("terminate called without an active
-    exception"), and the launcher would report it as failed.
+    Without the interpreter's teardown: there gloo's and DeepSpeed's threads now and then abort a run that is done
+    ("terminate called without an active exception"), and the launcher would report it as failed.
     """
     if together and dist.is_initialized():
         barrier()

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci/run"]
-TOOLS = "awk bash cat cksum cp cut df dirname env find mkdir rm".split()
+SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*.s*"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci/run"]
+TOOLS = (
+    "awk bash cat chmod cksum cp cut df dirname env find flock grep id ls mkdir mktemp rm sed sleep sort tr wc".split()
+)
 
 # A Python that can be told to be old or to lack its headers; it "makes" an environment by copying itself.
 PYTHON = """#!/bin/bash
@@ -233,52 +235,209 @@ def test_ci_runs_everything_and_fails_if_anything_does(machine: Machine, ruff: i
     machine.stub("mypy")
     done = machine.run(str(machine.repo / ".ci/run"), cwd=machine.bin, PYTHON_FAILS=str(tests))
     assert done.returncode == code
-    assert machine.called() == ["ruff format --check .", "ruff check .", "mypy ", "python -m pytest -m not slurm"]
+    assert machine.called() == [
+        "ruff format --check .",
+        "ruff check .",
+        "mypy ",
+        "python -m pytest -m not slurm and not soak",
+    ]
     assert ("FAILED: ruff check ." in done.stdout) == bool(ruff)
 
 
-def submitted(machine: Machine, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the batch script as slurmd does: from a spool folder, with the submit folder in a variable."""
-    machine.stub("scontrol", '#!/bin/bash\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
-    variables = "MASTER_ADDR MASTER_PORT TORCH_EXTENSIONS_DIR TRITON_CACHE_DIR SRUN_CPUS_PER_TASK OMP_NUM_THREADS"
-    machine.stub(
-        "srun",
-        f'#!/bin/bash\nprintf "<%s>" srun "$@" >>"$CALLS"\nfor v in {variables}; do echo "$v=${{!v}}"; done\n'
-        'echo >>"$CALLS"\ncase "$*" in *train.py*) exit "${RANK_FAILS:-0}" ;; esac\n',
-    )
-    spool = machine.bin.with_name("spool")
-    spool.mkdir()
-    job = {
-        "SLURM_SUBMIT_DIR": str(machine.repo),
-        "SLURM_JOB_NODELIST": "gpu[07-08]",
-        "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_CPUS_PER_TASK": "6",
-    }
-    script = shutil.copy(machine.repo / "launch/slurm/train.sbatch", spool / "slurm_script")
-    return machine.run(str(script), *arguments, cwd=spool, **job, **env)
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >>"$CALLS"
+case "$*" in
+    "show hostnames gpu[07-08]") printf "gpu07\\ngpu08\\n" ;;
+    "show job 1234567") echo "JobState=COMPLETING Reason=${REASON:-None}"; echo " ReqNodeList=(null) ExcNodeList=${EXCLUDED:-(null)}" ;;
+    "requeue 1234567") exit "${NO_REQUEUE:-0}" ;;
+esac
+"""
+SRUN = """#!/bin/bash
+printf "<%s>" srun "$@" >>"$CALLS"; echo >>"$CALLS"
+case "$*" in
+    *preflight*)
+        [ -z "${BAD:-}" ] || printf "$BAD" >"$RUN_DIR/.bad_nodes-1234567"
+        exit "${PREFLIGHT:-0}" ;;
+    *train.py*)
+        for v in MASTER_ADDR MASTER_PORT DSTRAIN_CACHE SRUN_CPUS_PER_TASK OMP_NUM_THREADS DEEPSPEED_TIMEOUT; do
+            echo "$v=${!v}"
+        done
+        [ -z "${SAVES:-}" ] || mkdir -p "$RUN_DIR/checkpoints/step-$RANDOM$RANDOM"
+        [ -z "${HOLD:-}" ] || echo >"$DSTRAIN_HOLD_FILE"
+        [ -z "${TERMINATED:-}" ] || kill -TERM "$PPID"
+        exit "${CODE:-0}" ;;
+esac
+"""
+RUN_DIR = '    *run_dir.py*) [ "${REFUSED:-0}" = 0 ] || exit "$REFUSED"; echo "$RUN_DIR"; exit 0 ;;\n'
 
 
-@pytest.mark.parametrize("failing", [0, 2])
-def test_sbatch_meets_at_the_first_node_and_keeps_the_exit_code(machine: Machine, failing: int) -> None:
-    with_environment(machine)
-    done = submitted(machine, "--config", "a b.yaml", RANK_FAILS=str(failing))
-    assert done.returncode == failing, done.stderr
+class Submission:
+    """The batch script, run as slurmd does: from a spool folder, with the submit folder in a variable."""
+
+    def __init__(self, machine: Machine) -> None:
+        assert machine.set_up(DSTRAIN_EXTRAS="test dev").returncode == 0
+        python = machine.repo / ".venv/bin/python"
+        python.write_text(PYTHON.replace("    --version)", RUN_DIR + "    --version)"))
+        machine.stub("scontrol", SCONTROL)
+        machine.stub("srun", SRUN)
+        self.machine, self.spool, self.run_dir = machine, machine.bin.with_name("spool"), machine.bin.with_name("a run")
+        self.spool.mkdir()
+        self.script = shutil.copy(machine.repo / "launch/slurm/train.sbatch", self.spool / "slurm_script")
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        job = {
+            "SLURM_SUBMIT_DIR": str(self.machine.repo),
+            "SLURM_JOB_NODELIST": "gpu[07-08]",
+            "SLURM_JOB_ID": "1234567",
+            "SLURM_CPUS_PER_TASK": "6",
+            "SLURM_GPUS_ON_NODE": "8",
+            "RUN_DIR": str(self.run_dir),
+        }
+        return self.machine.run(str(self.script), *arguments, cwd=self.spool, **{**job, **env})
+
+    def changes(self) -> list[str]:
+        """What SLURM was asked to change."""
+        return [call for call in self.machine.called() if call.startswith(("scontrol requeue", "scontrol update"))]
+
+
+@pytest.fixture
+def job(machine: Machine) -> Submission:
+    return Submission(machine)
+
+
+REQUEUE = "scontrol requeue 1234567"
+EXCLUDE = "scontrol update JobId=1234567 ExcNodeList="
+
+
+def test_sbatch_looks_at_the_nodes_and_trains_where_the_first_one_is(job: Submission) -> None:
+    done = job.run("--config", "a b.yaml")
+    assert done.returncode == 0, done.stderr
     env = dict(line.split("=", 1) for line in done.stdout.splitlines())
-    assert env["MASTER_ADDR"] == "gpu07"
-    assert env["MASTER_PORT"] == "19567"  # 15000 + 1234567 % 15000
-    assert env["SRUN_CPUS_PER_TASK"] == env["OMP_NUM_THREADS"] == "6"
-    assert env["TORCH_EXTENSIONS_DIR"] == "/tmp/dstrain-1234567-0/torch_extensions"
-    assert env["TRITON_CACHE_DIR"] == "/tmp/dstrain-1234567-0/triton"
-    train, clean = machine.called()
-    assert train == "<srun><--kill-on-bad-exit=0><--wait=60><--label><python><launch/train.py><--config><a b.yaml>"
-    assert clean == "<srun><--ntasks=2><--ntasks-per-node=1><rm><-rf><--></tmp/dstrain-1234567-0>"
+    assert env == {
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "19567",  # 15000 + 1234567 % 15000
+        "DSTRAIN_CACHE": f"/tmp/dstrain-{os.getuid()}",
+        "SRUN_CPUS_PER_TASK": "6",
+        "OMP_NUM_THREADS": "6",
+        "DEEPSPEED_TIMEOUT": "60",
+    }
+    preflight, train = [call for call in job.machine.called() if "srun" in call]
+    srun = "<srun><--kill-on-bad-exit=0><--wait={}><--label><--distribution=block><bash><launch/slurm/task.sh>"
+    assert preflight == (
+        f"{srun.format(10)}<dstrain><preflight><--run_dir><{job.run_dir}><--gpus><8>"
+        f"<--out><{job.run_dir}/.bad_nodes-1234567><--nodes><gpu07,gpu08><--timeout><120>"
+    )
+    assert train == f"{srun.format(60)}<python><launch/train.py><--config><a b.yaml>"
+    assert job.changes() == [] and list(job.run_dir.iterdir()) == []
 
 
-def test_sbatch_refuses_another_folder(machine: Machine) -> None:
-    done = submitted(machine, SLURM_TMPDIR="/scratch")
-    assert done.returncode == 0 and "/scratch/dstrain-1234567-0/triton" in done.stdout
-    (machine.repo / "launch/train.py").unlink()
-    machine.bin.with_name("spool").rename(machine.bin.with_name("spool-before"))
-    done = submitted(machine)
+@pytest.mark.parametrize(
+    ("env", "code", "changes"),
+    [
+        ({"CODE": "0"}, 0, []),
+        ({"CODE": "1"}, 1, []),
+        ({"CODE": "2"}, 2, []),
+        ({"CODE": "75"}, 75, [REQUEUE]),
+        ({"CODE": "138"}, 138, [REQUEUE]),  # SIGUSR1 before Python was there to hear it
+        ({"PREFLIGHT": "138"}, 138, [REQUEUE]),
+        ({"CODE": "75", "HOLD": "yes"}, 75, []),
+        ({"CODE": "75", "TERMINATED": "yes"}, 75, []),  # preempted or cancelled
+        ({"CODE": "75", "TERMINATED": "yes", "REASON": "TimeLimit"}, 75, [REQUEUE]),
+        ({"PREFLIGHT": "1"}, 1, []),
+        ({"PREFLIGHT": "2"}, 2, []),
+        ({"PREFLIGHT": "137", "BAD": "gpu08\\n"}, 1, [REQUEUE, f"{EXCLUDE}gpu08"]),
+        ({"PREFLIGHT": "1", "BAD": "gpu08\\ngpu07\\n", "EXCLUDED": "gpu[01-03]"}, 1, [REQUEUE, f"{EXCLUDE}gpu[01-03],gpu07,gpu08"]),
+        ({"PREFLIGHT": "1", "BAD": "gpu08\\n", "NO_REQUEUE": "1"}, 1, [REQUEUE]),
+    ],
+)  # fmt: skip
+def test_sbatch_queues_itself_again_when_that_helps(
+    job: Submission, env: dict[str, str], code: int, changes: list[str]
+) -> None:
+    done = job.run(**env)
+    assert (done.returncode, job.changes()) == (code, changes), done.stderr
+    trained = any("train.py" in call for call in job.machine.called() if "srun" in call)
+    assert trained == ("PREFLIGHT" not in env), "no training after a preflight that failed"
+    assert not (job.run_dir / ".bad_nodes-1234567").exists()
+
+
+@pytest.mark.parametrize("env", [{"CODE": "75"}, {"PREFLIGHT": "1", "BAD": "gpu08\\n"}])
+def test_sbatch_gives_up_after_four_starts_in_vain(job: Submission, env: dict[str, str]) -> None:
+    for _ in range(2):
+        for _ in range(3):
+            job.run(**env)
+            assert job.changes()[0] == REQUEUE
+        done = job.run(**env)
+        assert job.changes() == [] and done.returncode in (1, 75)
+        assert "four starts in a row without a new checkpoint" in done.stderr
+
+
+def test_sbatch_goes_on_for_ever_with_checkpoints(job: Submission) -> None:
+    for _ in range(6):
+        job.run(CODE="75", SAVES="yes")
+        assert job.changes() == [REQUEUE]
+
+
+def test_sbatch_refuses_another_folder_and_a_wrong_recipe(job: Submission) -> None:
+    assert job.run(REFUSED="2").returncode == 2
+    assert not any("srun" in call for call in job.machine.called())
+    (job.machine.repo / "launch/train.py").unlink()
+    done = job.run()
     assert done.returncode == 2 and "submit from the checkout" in done.stderr
+
+
+def task(machine: Machine, cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    env = {"DSTRAIN_CACHE": str(cache), "DSTRAIN_ENVIRONMENT": "e1"}
+    return machine.run("launch/slurm/task.sh", *(command or ("env",)), **env)
+
+
+def test_a_task_gets_a_cache_of_its_own_user(machine: Machine) -> None:
+    cache = machine.bin.with_name("node") / "cache"
+    done = task(machine, cache)
+    assert done.returncode == 0, done.stderr
+    assert f"TORCH_EXTENSIONS_DIR={cache}/e1/torch_extensions" in done.stdout
+    assert f"TRITON_CACHE_DIR={cache}/e1/triton" in done.stdout
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert task(machine, cache, "bash", "-c", "exit 75").returncode == 75
+
+
+@pytest.mark.parametrize("trick", ["link", "open", "file", "other", "parent"])
+def test_a_task_takes_no_cache_that_others_can_write(machine: Machine, trick: str) -> None:
+    parent = machine.bin.with_name("node")
+    parent.mkdir(mode=0o755)
+    cache = parent / "cache"
+    if trick == "link":
+        cache.symlink_to(machine.repo)
+    elif trick == "file":
+        cache.touch()
+    else:
+        cache.mkdir(mode=0o700)
+        (parent if trick == "parent" else cache).chmod(0o777 if trick in ("open", "parent") else 0o700)
+    if trick == "other":
+        if os.getuid():
+            pytest.skip("takes root")
+        os.chown(cache, 12345, 12345)
+    done = task(machine, cache)
+    assert done.returncode == 2 and "name another folder of the node with DSTRAIN_CACHE" in done.stderr
+    parent.chmod(0o1777)
+    assert (task(machine, cache).returncode == 0) == (trick == "parent"), "sticky as /tmp is"
+
+
+def test_locks_of_killed_builds_go_only_while_nobody_compiles(machine: Machine) -> None:
+    cache = machine.bin.with_name("cache")
+    lock = cache / "e1/torch_extensions/op/lock"
+    lock.parent.mkdir(parents=True)
+    cache.chmod(0o700)
+    wait = [str(machine.bin / "bash"), "launch/slurm/task.sh", "bash", "-c", "echo here; read line"]
+    env = {**machine.env, "DSTRAIN_CACHE": str(cache), "DSTRAIN_ENVIRONMENT": "e1"}
+    lock.touch()
+    with subprocess.Popen(
+        wait, env=env, cwd=machine.repo, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as builder:
+        assert builder.stdout.readline() == "here\n"
+        assert not lock.exists(), "of a build that is not there any more"
+        lock.touch()
+        assert task(machine, cache).returncode == 0
+        assert lock.exists(), "of a build that goes on"
+        builder.communicate("done\n")
+    assert task(machine, cache).returncode == 0
+    assert not lock.exists()
