@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.config import TrainConfig
-from dstrain.engine import distributed
+from dstrain.engine import checkpoint, distributed
 from dstrain.engine.master import Master
 from dstrain.engine.saver import Saver
 from dstrain.errors import CheckpointError, TrainingHalted
@@ -23,8 +23,7 @@ class Saves:
     ) -> None:
         self.newest = newest
         self.longest_s = 0.0  # that one has taken so far, from its beginning to its commit
-        self._config = config
-        self._master = master
+        self._folder, self._config, self._master = folder, config, master
         self._saver = Saver(
             master,
             folder,
@@ -61,6 +60,8 @@ class Saves:
         """Save the state after `step` updates; `last` waits for its end. TrainingHalted if that cannot be done."""
         start = time.perf_counter()
         self.commit()
+        if self.newest == self._folder / checkpoint.name(step):
+            return  # nothing has been done since
         self._begun = time.monotonic()
         try:
             self._saver.begin(step, facts)

@@ -1,71 +1,50 @@
 """The loop. Model, objective and data meet here and nowhere else."""
 
 import logging
-import math
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dstrain import faults
-from dstrain.agreement import Agreed, StepSums, Wishes
+from dstrain.agreement import StepSums, Wishes
 from dstrain.config import to_dict
-from dstrain.continuation import compare, record
-from dstrain.data.loader import Loader, Pack
-from dstrain.data.media.resolution import colour
-from dstrain.data.policy import Bad, BadSamples, read_quarantine
+from dstrain.continuation import record
+from dstrain.data.loader import Pack
+from dstrain.data.policy import Bad
 from dstrain.data.sample import Sample
-from dstrain.diagnosis import Suspect, report, second_look, suspects
 from dstrain.engine import checkpoint, distributed
 from dstrain.engine.control import Control
 from dstrain.engine.distributed import World
-from dstrain.engine.engine import Engine, build_engine
 from dstrain.engine.export import export, open_base, open_checkpoint
 from dstrain.engine.lr import lr_factor
 from dstrain.engine.run_folder import occupy
-from dstrain.engine.state import State
 from dstrain.engine.watch import Watch
-from dstrain.errors import CheckpointError, DataError, TrainingHalted
+from dstrain.errors import DataError
 from dstrain.guards import Guards, Spike
-from dstrain.job import Job, count, load_pipeline, make_objective, make_operators
+from dstrain.incidents import Computed, Incidents
+from dstrain.job import Job, count, make_objective
 from dstrain.knobs import flat
 from dstrain.painting import paint
 from dstrain.pipelines.base import Encoded
-from dstrain.pipelines.cache import EncodedCache
 from dstrain.rng import Purpose, words
 from dstrain.saves import Saves
-from dstrain.storage import append_json_line, write_json
-from dstrain.tracking.metrics import Throughput, memory, sigma_bins
+from dstrain.starting import find_start, load_frozen, open_loader, open_quarantine, start_engine
+from dstrain.storage import write_json
+from dstrain.tracking.metrics import Throughput, memory
 from dstrain.tracking.tracker import open_trackers
 
-EVENTS = "events.jsonl"
-MOST_SKIPS = 3  # on one checkpoint; then the data is not to blame
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class _DataStop(DataError):
     """The data cannot be gone on with; raised on all ranks at the same place."""
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A pack of this rank, and what came out: losses [N] in fp64 and noise levels [N] of its samples."""
-
-    samples: list[Sample]
-    encoded: Encoded
-    losses: Tensor
-    sigmas: Tensor
-
-    def bins(self) -> Tensor:
-        """Return sums of losses and counts by noise level, [2, SIGMA_BINS]."""
-        return sigma_bins(self.losses, self.sigmas)
 
 
 class Trainer:
@@ -92,46 +71,19 @@ class Trainer:
         self.record = record(job, world.size)
         distributed.check_agreement(flat(self.record))
         self.lock = occupy(self.run_dir)
-        self.pipeline = load_pipeline(
-            type(job.pipeline),
-            recipe,
-            device=world.device,
-            dtype=job.encoder_dtype,
-            load=job.frozen,
-            encoded=job.expected is not None,
-            offload=recipe.model.encoders == "offload",
-        )
         watch.at("loading")
+        path = find_start(self.run_dir, resume, self.record, accepted)
+        self.pipeline, self.cache = load_frozen(job, world.device)
         self.objective = make_objective(recipe)
-        data = recipe.data
-        operators = make_operators(data)
-        varying = [
-            *(job.dataset.wanted.columns if operators.varies_image else ()),
-            *(["prompt"] * operators.varies_caption),
-        ]
-        self.cache = EncodedCache(self.pipeline, data.encoded_cache_mb << 20, varying)
+        self.loader, self.bad = open_loader(job, world), open_quarantine(job)
+        self.guards = Guards(recipe.guard)
+        self.engine = start_engine(job, path, world.device, watch.busy)
+        self.saves = Saves(self.engine.master, self.run_dir / "checkpoints", recipe.train, path, watch.busy)
+        self.incidents = Incidents(recipe, self.guards, self.pipeline, self.engine, self.objective)
         self.throughput = Throughput.of(world.device, world.size)
         # Of a forward's arithmetic, a backward takes as much for the inputs, and once more for weights that train.
         self.passes = 2 + min(1.0, count(job.trained) / count(job.shapes))
-        self.loader = Loader(
-            job.dataset,
-            job.plan,
-            world.rank,
-            operators=operators,
-            seed=recipe.seed,
-            background=colour(data.background),
-            workers=data.workers,
-            replace=data.bad_samples == "skip",
-            pin=world.device.type == "cuda",
-            expected=job.expected,
-        )
-        quarantine = self.run_dir / "bad_samples.jsonl"
-        known = distributed.share(list(read_quarantine(quarantine).items()) if world.is_main else [])
-        self.bad = BadSamples(data.max_bad_samples, data.max_consecutive_bad, quarantine, dict(known))
-        self.guards = Guards(recipe.guard)
-        path = self._checkpoint(resume, accepted)
-        self.engine, self.first_step = self._start(path)
-        self.saves = Saves(self.engine.master, self.run_dir / "checkpoints", recipe.train, path, watch.busy)
+        self.first_step = self._go_on_from(path) if path else 0
 
     def run(self) -> bool:
         """Train what is not done yet, and export; False if it was asked to stop before the end."""
@@ -177,9 +129,12 @@ class Trainer:
                     bar.set_postfix(loss=f"{stats['loss']:.4f}", refresh=False)
                     bar.update()
                     step += 1
-                    if spike and not wishes.stop:
-                        step = self._go_back(step)
-                        bar.update(step - bar.n)
+                    if spike and (back := self._go_back(step)) < step:
+                        bar.update(back - step)
+                        step = back
+                        if wishes.stop:
+                            self._say_stopped(f"after it went back to step {step} of {steps}")
+                            return False
                         continue
                     last = wishes.stop or step == steps
                     if last or wishes.save or step % recipe.train.save_every == 0:
@@ -206,6 +161,7 @@ class Trainer:
         ranks.
         """
         started, waited = time.perf_counter(), self.loader.wait_s
+        self.watch.at(f"step {step}, its data")
         faults.reach("step", step)
         total = self.recipe.batch.global_batch_size
         sums = StepSums(self.world)
@@ -216,16 +172,16 @@ class Trainer:
         if faults.reach("weight", step):
             self.engine.master.groups[0].fragments[0].weight().fill_(float("nan"))
         for pack, last in _with_last(self.loader.step(self.guards.skipped.data_step(step))):
-            self.watch.at(f"step {step}, the data of micro-step {len(packs)}")
             faults.reach("data", step)
             own_s += time.perf_counter() - back_s
+            self.watch.at(f"step {step}, micro-step {len(packs)}: ready")
             samples = self._agreed(pack, bad)
             before = time.perf_counter()
             encoded = self.pipeline.pack(self._encode(samples))
             encoded = replace(encoded, x0=faults.spoil("input", encoded.x0, step))
             encode_s += time.perf_counter() - before
             own_s += time.perf_counter() - before
-            self.watch.at(f"step {step}, micro-step {len(packs)}")
+            self.watch.at(f"step {step}, micro-step {len(packs)}: forward and backward")
             losses = self._losses(samples, encoded)
             per_sample = faults.spoil("loss", losses.per_sample, step)
             loss = faults.spoil("grad", per_sample.sum() / total, step)
@@ -235,6 +191,7 @@ class Trainer:
             flops = self.passes * self.engine.module.forward_flops(encoded.layout)
             sums.add(packs[-1].losses.sum() / total, encoded.layout.tokens, flops, packs[-1].bins())
             back_s = time.perf_counter()
+            self.watch.at(f"step {step}, micro-step {len(packs) - 1}: done")
         self._count(bad)
         if self.world.is_main:
             self._look_around(time.perf_counter() - started)
@@ -254,7 +211,9 @@ class Trainer:
         now = time.perf_counter()
         if not agreed.wishes.unwritten:
             self.saves.commit()
-        spike = self._judge(step, agreed, grad_norm, packs)
+        self.watch.at(f"step {step}, a look at it")
+        self._seed(step)  # what is looked at twice is computed as before
+        spike = self.incidents.judge(step, agreed, grad_norm, packs)
         figures = {
             "loss": agreed.loss,
             "lr": self.recipe.optimizer.lr * factor,
@@ -288,64 +247,12 @@ class Trainer:
             torch.tensor([s.draw for s in samples]),
         )
 
-    def _judge(self, step: int, agreed: Agreed, grad_norm: float, packs: list[Computed]) -> Spike | None:
-        """Look at a step's figures: say who is behind what is wrong; TrainingHalted, or the spike to go back for."""
-        guard, total = self.recipe.guard, self.recipe.batch.global_batch_size
-        if self.guards.nonfinite.judge(agreed.loss, grad_norm):
-            what = (
-                f"the loss is {agreed.loss}" if not math.isfinite(agreed.loss) else f"the gradient norm is {grad_norm}"
-            )
-            self.watch.at(f"step {step}, a second look at it")
-            self._seed(step)
-            looked_at = [(pack.samples, pack.encoded) for pack in packs]
-            found = second_look(self.pipeline, self.engine, self.objective, looked_at, self.world.rank)
-            message = self._report(step, what, found, total)
-            if self.guards.nonfinite.must_halt:
-                raise TrainingHalted(f"{message}. No weight was changed by it, and the last checkpoint is intact")
-            if self.world.is_main:
-                log.warning("%s. Nothing was changed by it; the training goes on", message)
-            return None
-        spike = self.guards.spikes.judge(agreed.bins) if guard.spikes != "off" else None
-        if spike is not None:
-            samples = [sample for pack in packs for sample in pack.samples]
-            losses, sigmas = (torch.cat([getattr(pack, name) for pack in packs]) for name in ("losses", "sigmas"))
-            usual = self.guards.spikes.usual()
-            message = self._report(step, str(spike), suspects(self.world.rank, samples, losses, sigmas, usual))
-            if self.world.is_main:
-                log.warning("%s", message)
-        return spike if guard.spikes == "skip" else None
-
-    def _report(self, step: int, what: str, found: list[Suspect], samples: int = 0) -> str:
-        """Tell all ranks of the suspects, write them to RUN_DIR/events.jsonl, and return the message."""
-        found = distributed.share(found)
-        if self.world.is_main:
-            append_json_line(
-                self.run_dir / EVENTS, {"step": step, "what": what, "suspects": [asdict(s) for s in found]}
-            )
-        return report(step, what, found, samples)
-
     def _go_back(self, step: int) -> int:
         """Undo the steps since the newest checkpoint, leaving out their data and a little more; returns its step."""
+        self.watch.at("going back")
         self.saves.commit()
-        path = checkpoint.find(self.run_dir / "checkpoints")
-        if path is None:
-            if self.world.is_main:
-                log.warning("there is no checkpoint to go back to yet; the training goes on")
-            return step
-        manifest = checkpoint.read_manifest(path)
-        back, skipped = manifest["step"], self.guards.skipped
-        skipped.skip(back, step - 1 + self.recipe.guard.skip_steps)
-        if sum(start == back for start, _ in skipped.state()) > MOST_SKIPS:
-            raise TrainingHalted(
-                f"{path}: {MOST_SKIPS} times a spike followed on it; go on from an earlier checkpoint with"
-                " --resume PATH, or with a lower optimizer.lr"
-            )
-        self.watch.at(f"going back to step {back}")
-        self.guards.restore({**manifest["guards"], "skipped": skipped.state()})
-        self.engine.master.restore(State(path), publish=True)
+        back = self.incidents.go_back(step)
         self.tracker.rewind(back)
-        if self.world.is_main:
-            log.warning("back to %s; its steps take the batches from %d on", path, skipped.data_step(back))
         return back
 
     def _agreed(self, pack: Pack, bad: list[Bad]) -> list[Sample]:
@@ -370,56 +277,15 @@ class Trainer:
         batch = self.pipeline.batch(columns, list(prompts), list(draws))
         return self.cache.encode([s.row for s in samples], batch)
 
-    def _start(self, path: Path | None) -> tuple[Engine, int]:
-        """Build the engine from the recipe's weights, or those of the checkpoint that is continued; and its step."""
-        job, recipe = self.job, self.recipe
-        start_values = job.start_values()
-        saved = State(path) if path else None
-
-        def fill(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-            self.watch.busy()
-            if saved and name in saved.shapes:
-                return saved.read("weight", name, start, stop)
-            return start_values(name, shape, start, stop)
-
-        ema = recipe.ema
-        engine = build_engine(
-            job.build_transformer,
-            fill,
-            job.ds_config,
-            self.world.device,
-            ema_decay=ema.decay,
-            ema_on_cpu=ema.device == "cpu",
-        )
-        if path is None or saved is None:
-            return engine, 0
-        engine.master.restore(saved)
+    def _go_on_from(self, path: Path) -> int:
+        """Take up the guards where the checkpoint left them; returns its step."""
         manifest = checkpoint.read_manifest(path)
+        step: int = manifest["step"]
         self.guards.restore(manifest.get("guards", {}))
-        step = manifest["step"]
         checkpoint.set_aside_newer(self.run_dir / "checkpoints", step)
-        if ema.decay and "ema" not in saved.kinds and self.world.is_main:
-            log.info("the checkpoint has no average: it begins anew")
         if self.world.is_main:
-            log.info("continuing from %s at step %d of %d", path, step, recipe.train.steps)
-        return engine, step
-
-    def _checkpoint(self, resume: str, accepted: Collection[str]) -> Path | None:
-        """Return the checkpoint to continue from, if there is one, after checking that it fits this run."""
-        folder = self.run_dir / "checkpoints"
-        if resume == "never":
-            if any(folder.glob("step-*")):
-                raise CheckpointError(f"{folder} holds an earlier run's checkpoints; choose another run_dir")
-            return None
-        path = checkpoint.find(folder) if resume == "auto" else Path(resume)
-        if path is None:
-            return None
-        if resume != "auto" and (problem := checkpoint.damage(path)):
-            raise CheckpointError(f"--resume {resume}: {problem}")
-        for line in compare(checkpoint.read_manifest(path), self.record, accepted, path):
-            if self.world.is_main:
-                log.warning("%s", line)
-        return path
+            log.info("continuing from %s at step %d of %d", path, step, self.recipe.train.steps)
+        return step
 
     def _look_around(self, step_s: float) -> None:
         """On rank 0: whether there is a STOP file, or the time is up but for this step's end, another, and a save."""
