@@ -225,7 +225,7 @@ def test_run_passes_arguments_to_pytest_and_its_exit_code_on(machine: Machine, c
     with_environment(machine)
     done = machine.run(str(machine.repo / "tests/run.sh"), "-k", "plan", cwd=machine.bin, PYTHON_FAILS=str(code))
     assert done.returncode == code
-    assert machine.called() == ["python -m pytest -m not slurm -k plan"]
+    assert machine.called() == ["python -m pytest -m not slurm and not soak -k plan"]
 
 
 @pytest.mark.parametrize(("ruff", "tests", "code"), [(0, 0, 0), (1, 0, 1), (0, 5, 5), (1, 5, 5)])
@@ -248,7 +248,9 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >>"$CALLS"
 case "$*" in
     "show hostnames gpu[07-08]") printf "gpu07\\ngpu08\\n" ;;
-    "show job 1234567") echo "JobState=COMPLETING Reason=${REASON:-None}"; echo " ReqNodeList=(null) ExcNodeList=${EXCLUDED:-(null)}" ;;
+    "show job 1234567")
+        echo "JobState=COMPLETING Reason=${REASON:-None}"
+        echo "ReqNodeList=(null) ExcNodeList=${EXCLUDED:-(null)}" ;;
     "requeue 1234567") exit "${NO_REQUEUE:-0}" ;;
 esac
 """
@@ -346,7 +348,8 @@ def test_sbatch_looks_at_the_nodes_and_trains_where_the_first_one_is(job: Submis
         ({"PREFLIGHT": "1"}, 1, []),
         ({"PREFLIGHT": "2"}, 2, []),
         ({"PREFLIGHT": "137", "BAD": "gpu08\\n"}, 1, [REQUEUE, f"{EXCLUDE}gpu08"]),
-        ({"PREFLIGHT": "1", "BAD": "gpu08\\ngpu07\\n", "EXCLUDED": "gpu[01-03]"}, 1, [REQUEUE, f"{EXCLUDE}gpu[01-03],gpu07,gpu08"]),
+        ({"PREFLIGHT": "1", "BAD": "gpu08\\ngpu07\\n"}, 1, [REQUEUE, f"{EXCLUDE}gpu07,gpu08"]),
+        ({"PREFLIGHT": "1", "BAD": "gpu08\\n", "EXCLUDED": "gpu[1-3]"}, 1, [REQUEUE, f"{EXCLUDE}gpu[1-3],gpu08"]),
         ({"PREFLIGHT": "1", "BAD": "gpu08\\n", "NO_REQUEUE": "1"}, 1, [REQUEUE]),
     ],
 )  # fmt: skip
