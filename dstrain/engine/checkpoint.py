@@ -6,19 +6,24 @@ shards are, nothing is synced to disk, its loader unpickles whatever it finds, a
 (each seen with DeepSpeed 0.19.8).
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dstrain.engine import distributed
-from dstrain.errors import CheckpointError
+from dstrain.engine.state import PATTERN
+from dstrain.errors import CheckpointError, DstrainError
 from dstrain.storage import move, remove, sha256
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 2
+MAX_MANIFEST = 64 << 20  # bytes; real ones have some thousand
+T = TypeVar("T")
 
 
 def name(step: int) -> str:
@@ -32,9 +37,40 @@ def step_of(path: Path) -> int:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what interrupted saves and removals left in RUN_DIR/checkpoints; by one process, when none saves there."""
+    """Remove what interrupted saves and removals left in RUN_DIR/checkpoints; by one process, when none saves there.
+
+    A checkpoint that was to be replaced, and was not, is back. What cannot be removed is named, and stays.
+    """
+    for replaced in folder.glob(".replaced-step-*"):
+        final = replaced.with_name(replaced.name.removeprefix(".replaced-"))
+        with _cleaning(replaced):
+            if final.exists():
+                remove(replaced)
+            else:
+                move(replaced, final)
     for left_over in [*folder.glob(".step-*.partial"), *folder.glob(".trash-*")]:
-        remove(left_over)
+        with _cleaning(left_over):
+            remove(left_over)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Make a whole folder a checkpoint by renaming it; one of that name is there until it is, or again after `sweep`.
+
+    Raises OSError.
+    """
+    replaced = final.with_name(f".replaced-{final.name}")
+    if final.exists():
+        move(final, replaced)
+    move(partial, final)
+    if replaced.exists():
+        with _cleaning(replaced):
+            remove(replaced)
+
+
+def retire(path: Path) -> None:
+    """Discard a checkpoint that is not needed any more, or say why that cannot be done."""
+    with _cleaning(path):
+        discard(path)
 
 
 def discard(path: Path) -> None:
@@ -47,9 +83,10 @@ def discard(path: Path) -> None:
 def find(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint of a run, or None if there are none; collective.
 
-    Damaged ones are named and passed over; CheckpointError if all are damaged, rather than starting over in silence.
+    Damaged ones are named and passed over; CheckpointError if all are damaged or the folder cannot be read, rather than
+    starting over in silence.
     """
-    paths = distributed.from_main(committed(folder) if distributed.is_main() else [])
+    paths = _on_main(lambda: committed(folder))
     for path in paths:
         problem = damage(path)
         if not problem:
@@ -66,9 +103,10 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
     folder: RUN_DIR/checkpoints of the run that goes on; another run's checkpoints are never touched.
     """
-    if distributed.is_main():
+
+    def work() -> None:
         for newer in committed(folder):
-            if newer.name > name(step):
+            if step_of(newer) > step:
                 hidden = newer.with_name(f".set-aside-{newer.name}")
                 number = 1
                 while hidden.exists():
@@ -76,20 +114,36 @@ def set_aside_newer(folder: Path, step: int) -> None:
                     hidden = newer.with_name(f".set-aside-{newer.name}-{number}")
                 move(newer, hidden)
                 log.warning("%s is newer than what is continued; it is kept as %s", newer, hidden.name)
-    distributed.barrier()
+
+    _on_main(work)
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of RUN_DIR/checkpoints by its name, undamaged or not; not collective."""
-    return next(iter(committed(folder)), None)
+    """Return the newest checkpoint of RUN_DIR/checkpoints whose manifest can be read; not collective."""
+    for path in committed(folder):
+        try:
+            read_manifest(path)
+        except CheckpointError:
+            continue  # `find` says so
+        return path
+    return None
 
 
 def damage(path: Path) -> str:
     """Return what is wrong with a checkpoint, or ""; collective, each rank digests its share of the files."""
     try:
         manifest = read_manifest(path)
-        problem = damaged_file(path, {name: manifest["files"][name] for name in _own_share(sorted(manifest["files"]))})
-    except CheckpointError as e:
+        files = manifest["files"]
+        extra = sorted(found.name for found in path.glob(PATTERN) if found.name not in files)
+        if "digest" not in manifest:
+            problem = f"{path / MANIFEST} has no digest of itself"
+        elif _is_step(path) and step_of(path) != manifest["step"]:
+            problem = f"{path / MANIFEST} is that of step {manifest['step']}"
+        elif extra:
+            problem = f"{path / extra[0]} is not of this checkpoint: its manifest does not name it"
+        else:
+            problem = damaged_file(path, {name: files[name] for name in _own_share(sorted(files))})
+    except (CheckpointError, OSError) as e:
         problem = str(e)
     return next((p for p in distributed.gather(problem) if p), "")
 
@@ -107,24 +161,86 @@ def damaged_file(path: Path, files: Mapping[str, tuple[int, str]]) -> str:
     return ""
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the digest of all that it says, as it is to be written."""
+    plain = json.loads(json.dumps(manifest))
+    return {**plain, "digest": _digest(plain)}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest; CheckpointError if it is not one of ours."""
+    """Read a checkpoint's manifest; CheckpointError if it is not one of ours, or not as it was written."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        escapes = [n for n in manifest["files"] if Path(n).is_absolute() or ".." in Path(n).parts]
-        if manifest["format"] != FORMAT or escapes or not isinstance(manifest["step"], int):
-            raise CheckpointError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{file}: not a checkpoint of dstrain ({e})") from e
+        if not file.is_file() or file.stat().st_size > MAX_MANIFEST:
+            raise CheckpointError(f"{file}: {'too large for a manifest' if file.is_file() else 'no such file'}")
+        manifest = json.loads(file.read_text("utf-8"), object_pairs_hook=_without_duplicates)
+        if manifest["format"] != FORMAT or type(manifest["format"]) is not int:
+            raise CheckpointError(f"{file}: format {manifest['format']!r:.40}, this version reads {FORMAT}")
+        if manifest.get("digest", digest := _digest(manifest)) != digest:
+            raise CheckpointError(f"{file} has another SHA-256 than it says of itself")
+        if type(manifest["step"]) is not int or manifest["step"] < 0:
+            raise CheckpointError(f"{file}: step {manifest['step']!r:.40} is no number of a step")
+        for name, entry in manifest["files"].items():
+            size, digest = entry
+            if Path(name).name != name or type(size) is not int or not isinstance(digest, str):
+                raise CheckpointError(f"{file}: not a file of a checkpoint: {name!r:.80} {entry!r:.80}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"{file}: not a checkpoint of dstrain ({e!r:.300})") from e
     return manifest
 
 
 def committed(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of RUN_DIR/checkpoints, undamaged or not, newest first."""
-    found = (p for p in folder.glob("step-*") if p.name[5:].isdecimal() and (p / MANIFEST).is_file())
-    return sorted(found, key=step_of, reverse=True)
+    """Return the checkpoints of RUN_DIR/checkpoints, damaged or not, newest first.
+
+    A folder without a manifest is one too: saving never leaves any, so it has lost it. Raises CheckpointError if they
+    cannot be listed.
+    """
+    try:
+        return sorted((p for p in folder.iterdir() if _is_step(p) and p.is_dir()), key=step_of, reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise CheckpointError(f"{folder} cannot be read: {e}") from e
 
 
 def _own_share(items: list[Any]) -> Iterator[Any]:
     return iter(items[distributed.rank() :: distributed.world_size()])
+
+
+def _is_step(path: Path) -> bool:
+    number = path.name.removeprefix("step-")
+    return number != path.name and number.isdecimal() and number.isascii()
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+@contextmanager
+def _cleaning(path: Path) -> Iterator[None]:
+    """Clean up, for which no save and no run fails."""
+    try:
+        yield
+    except OSError as e:
+        log.warning("%s cannot be cleaned up: %s", path, e)
+
+
+def _on_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and return its result on all ranks, or raise CheckpointError on all; collective."""
+    result, error = None, ""
+    if distributed.is_main():
+        try:
+            result = work()
+        except (OSError, DstrainError) as e:
+            error = str(e)
+    result, error = distributed.from_main((result, error))
+    if error:
+        raise CheckpointError(error)
+    return result  # type: ignore[return-value]  # None only where work gives it

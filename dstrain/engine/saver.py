@@ -10,6 +10,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from dstrain.engine.host_memory import available_memory
 from dstrain.engine.master import Master
 from dstrain.engine.state import Piece, file_name, write_state
 from dstrain.errors import CheckpointError, DstrainError
-from dstrain.storage import make_folder, move, write_json
+from dstrain.storage import make_folder, write_json
 
 GIB = 2**30
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Saver:
         self._background = "off" if master.is_on_disk else background
         self._copy: _Copy | None = None
         self._write: _Write | None = None
+        self._need = 0  # bytes of a checkpoint
 
     @property
     def saving(self) -> bool:
@@ -82,19 +84,22 @@ class Saver:
         pieces = self._master.pieces()
         size = sum(p.size * dtype.itemsize for p in pieces for dtype in p.kinds.values())
         needs = distributed.gather((size, socket.gethostname(), available_memory(), self._copy is not None))
+        self._need = sum(need[0] for need in needs)
         background = self._background != "off" and (self._background == "on" or _has_room(needs))
         if not background and self._background == "auto":
             log.info("checkpoints are written while the training waits: the host has no memory for a copy of the state")
             self._background = "off"
 
-        def make() -> None:
-            checkpoint.sweep(self._folder)
-            self._check_space(sum(need[0] for need in needs))
-            make_folder(partial)
+        def prepare() -> None:
+            if distributed.is_main():
+                checkpoint.sweep(self._folder)
+                self._check_space()
+                make_folder(partial)
+            if background and (self._copy is None or self._copy.pieces != pieces):
+                self._copy = None  # before its memory is taken again
+                self._copy = _Copy(pieces)
 
-        self._together(step, make if distributed.is_main() else None)
-        if background and (self._copy is None or self._copy.pieces != pieces):
-            self._copy = _Copy(pieces)
+        self._together(step, prepare)
         self._write = _Write(self._master, step, partial, pieces, self._copy if background else None, facts, self._busy)
         if not background:
             self._write.thread.join()
@@ -114,10 +119,8 @@ class Saver:
         def publish() -> None:
             files = {file: entry for part in parts for file, entry in part.items()}
             manifest = {**write.facts, "format": checkpoint.FORMAT, "step": write.step, "files": files}
-            write_json(write.partial / checkpoint.MANIFEST, manifest)
-            if final.exists():  # a damaged one of the same step, passed over on resume
-                checkpoint.discard(final)
-            move(write.partial, final)
+            write_json(write.partial / checkpoint.MANIFEST, checkpoint.sealed(manifest))
+            checkpoint.publish(write.partial, final)
             self._retire(write.step)
 
         self._together(write.step, publish if distributed.is_main() else None)
@@ -138,27 +141,27 @@ class Saver:
         gathered = distributed.gather((result, error))
         if errors := [e for _, e in gathered if e]:
             if distributed.is_main():
-                shutil.rmtree(self._folder / f".{checkpoint.name(step)}.partial", ignore_errors=True)
+                checkpoint.sweep(self._folder)
             distributed.barrier()  # all ranks leave after the clean-up
             raise CheckpointError(
                 f"{self._folder / checkpoint.name(step)}: not saved ({'; '.join(errors[:4])}); older checkpoints are"
-                f" intact, and {_free(self._folder) / GIB:.2f} GiB are free there"
+                f" intact; one takes {self._need / GIB:.3f} GiB, and {_free(self._folder) / GIB:.3f} GiB are free there"
             )
         return [r for r, _ in gathered]
 
-    def _check_space(self, need: int) -> None:
-        need += need // 50 + (1 << 20)  # headers, the manifest, and what the file system takes for itself
+    def _check_space(self) -> None:
+        need = self._need + self._need // 50 + (1 << 20)  # headers, the manifest, and what the file system takes
         if need > (free := _free(self._folder)):
             raise CheckpointError(
-                f"No space left: the checkpoint takes {need / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; make"
+                f"No space left: the checkpoint takes {need / GIB:.3f} GiB and {free / GIB:.3f} GiB are free; make"
                 " room, or lower train.keep_checkpoints"
             )
 
     def _retire(self, step: int) -> None:
-        older = [p for p in checkpoint.committed(self._folder) if p.name < checkpoint.name(step)]
+        older = [p for p in checkpoint.committed(self._folder) if checkpoint.step_of(p) < step]
         for path in older[self._keep - 1 :]:
             if not self._keep_every or checkpoint.step_of(path) % self._keep_every:
-                checkpoint.discard(path)
+                checkpoint.retire(path)
 
 
 class _Write:
@@ -262,6 +265,7 @@ def _has_room(needs: list[tuple[int, str, float, bool]]) -> bool:
 
 def _free(folder: Path) -> int:
     """Bytes that are free where `folder` is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    for place in (folder, *folder.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return 0
