@@ -110,13 +110,19 @@ class State:
         return (kind, name) in self._slices
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of the flattened parameter `name`, 1-D in fp32; stop None = to the end."""
+        """Return elements [start, stop) of the flattened parameter `name`, 1-D in fp32; stop None = to the end.
+
+        CheckpointError if one of them is not finite: none was written so.
+        """
         stop = prod(self.shapes[name]) if stop is None else min(stop, prod(self.shapes[name]))
         values = torch.empty(max(0, stop - start), dtype=torch.float32)
         for begin, entry in self._slices[kind, name]:
             low, high = max(start, begin), min(stop, begin + entry.shape[0])
             if low < high:
-                values[low - start : high - start] = entry.read(low - begin, high - begin)
+                found = entry.read(low - begin, high - begin).float()
+                if not torch.stack(torch.aminmax(found)).isfinite().all():
+                    raise CheckpointError(f"{entry.path}: {kind} of {name!r} is not finite; use another checkpoint")
+                values[low - start : high - start] = found
         return values
 
     def _add(self, path: Path) -> None:
