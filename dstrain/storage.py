@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,12 @@ def fsync_file(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that must not be there, and those above it if they are missing."""
+    """Make a folder that must not be there, and durably those above it if they are missing."""
     faults.reach("write")
+    missing = [above for above in folder.parents if not above.exists()]
     folder.mkdir(parents=True)
+    for above in missing:
+        fsync_dir(above.parent)
 
 
 def move(source: Path, target: Path) -> None:
@@ -161,7 +164,10 @@ def occupied(folder: Path, owner: str) -> Iterator[None]:
         lock = locked(path, wait=False)
         lock.__enter__()
     except BlockingIOError:
-        raise BlockingIOError(errno.EAGAIN, path.read_text(errors="replace").strip() or "another process") from None
+        holder = ""
+        with suppress(OSError):
+            holder = path.read_text(errors="replace").strip()
+        raise BlockingIOError(errno.EAGAIN, holder or "another process") from None
     except OSError as e:
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise

@@ -33,6 +33,8 @@ def occupy(run_dir: Path) -> ExitStack:
         try:
             lock.enter_context(occupied(run_dir, f"process {os.getpid()} on {socket.gethostname()}{job}"))
             checkpoint.sweep(run_dir / "checkpoints")
+            for left_over in run_dir.glob(".*.part"):
+                left_over.unlink()
         except BlockingIOError as e:
             error = f"run_dir {run_dir} is in use by {e.strerror}; wait for its end, or choose another run_dir"
         except OSError as e:
