@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from dstrain.errors import ConfigError, did_you_mean
 from dstrain.storage import write_atomic
-from dstrain.tracking.redact import redact
+from dstrain.tracking.redact import redact, redact_text
 
 Mode = Literal["online", "offline", "off"]
 MODES = ("auto", "online", "offline", "off")
@@ -102,8 +102,8 @@ class WandbTracker:
         self._mode = mode
         self._init_s, self._finish_s = init_s, finish_s
         self._run = {
-            "project": project,
-            "name": name,
+            "project": redact_text(project),
+            "name": redact_text(name),
             "id": run_id(run_dir),
             "dir": str(run_dir.absolute()),
             "config": redact(config),
@@ -193,6 +193,7 @@ class WandbTracker:
             silent=True,
             disable_code=True,
             disable_git=True,
+            x_disable_meta=True,  # it would hold the command line, unmasked
             init_timeout=self._init_s,
             finish_timeout=0.8 * self._finish_s,
             stop_fn=self._refuse_stop,
