@@ -37,6 +37,7 @@ from dstrain.saves import Saves
 from dstrain.starting import find_start, load_frozen, open_loader, open_quarantine, start_engine
 from dstrain.storage import write_json
 from dstrain.tracking.metrics import Throughput, memory
+from dstrain.tracking.redact import redact, redact_text
 from dstrain.tracking.tracker import open_trackers
 
 T = TypeVar("T")
@@ -110,9 +111,9 @@ class Trainer:
             return False
         if main:
             write_json(self.run_dir / "recipe.json", self.record["recipe"])
-            write_json(self.run_dir / "ds_config.json", self.engine.config)
+            write_json(self.run_dir / "ds_config.json", redact(self.engine.config))
         t = recipe.tracking
-        name = t.name or self.run_dir.resolve().name
+        name = redact_text(t.name) or self.run_dir.resolve().name
         self.tracker = open_trackers(self.run_dir, t.wandb, t.project, name, to_dict(recipe), step, main)
         bar = tqdm(total=steps, initial=step, disable=not main, desc=name, unit="step", dynamic_ncols=True)
         try:

@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         accepted = parse_accepted(args.accept)
         job = prepare(recipe, args.ds_config, ds_config, distributed.environment_world()[2])
         if args.resume == "auto":
-            job.check_continuation(accepted)
+            changes = job.check_continuation(accepted)
+            for line in changes if args.dry_run else ():  # a run says it when it has chosen its checkpoint
+                log.warning("%s", line)
         elif args.resume != "never":
             checkpoint.read_manifest(Path(args.resume))
         announce(job)

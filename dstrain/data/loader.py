@@ -15,6 +15,7 @@ from dstrain.data.media.operators import Operators
 from dstrain.data.plan import Draw, Plan
 from dstrain.data.policy import Bad
 from dstrain.data.reasons import BadSample, ranked
+from dstrain.data.remote.urls import masked
 from dstrain.data.sample import Expected, Sample, SampleReader
 from dstrain.errors import DataError
 
@@ -171,7 +172,7 @@ class Loader:
                 try:
                     return _Fetched(self._read(row, draw.draw), bad)
                 except BadSample as error:
-                    shard, key = self._dataset.shard(row), self._dataset.key(row)
+                    shard, key = masked(self._dataset.shard(row)), self._dataset.key(row)
                     bad.append(Bad(draw.draw, shard, key, error.reason, str(error)))
         except DataError as error:
             return _Fetched(None, bad, error)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 STEPS = 12
 LIMIT_S = 600
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 pytestmark = [
     pytest.mark.slurm,
@@ -66,9 +67,10 @@ class Job:
     def wait(self, what: str, done: Callable[[], bool]) -> None:
         end = time.monotonic() + LIMIT_S
         while not done():
-            if time.monotonic() > end:
+            state = self.shown("JobState")
+            if time.monotonic() > end or (state in ENDED and not done()):
                 run("scancel", self.id)
-                raise AssertionError(f"{what} did not come within {LIMIT_S} s\n{self.text()}")
+                raise AssertionError(f"{what} did not come: the job is {state}\n{self.text()}")
             time.sleep(0.3)
 
     def wait_for_step(self, step: int) -> None:
@@ -81,8 +83,7 @@ class Job:
 
     def wait_for_end(self) -> str:
         """Return the last state and exit code."""
-        going = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-        self.wait("the end", lambda: self.shown("JobState") not in going)
+        self.wait("the end", lambda: self.shown("JobState") in ENDED)
         return f"{self.shown('JobState')} {self.shown('ExitCode')}"
 
     def records(self) -> list[dict]:
