@@ -182,7 +182,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: step {manifest['step']!r:.40} is no number of a step")
         for name, entry in manifest["files"].items():
             size, digest = entry
-            if Path(name).name != name or type(size) is not int or not isinstance(digest, str):
+            plain = Path(name).name == name and Path(name).match(PATTERN)
+            if not plain or type(size) is not int or not isinstance(digest, str):
                 raise CheckpointError(f"{file}: not a file of a checkpoint: {name!r:.80} {entry!r:.80}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{file}: not a checkpoint of dstrain ({e!r:.300})") from e
