@@ -104,6 +104,7 @@ def forked(
     code, with which it ended. When one is gone for good, those that wait for it are ended too.
     """
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)  # for work that becomes another user
         pids = [_fork(Path(folder), rank, world, group, environment or {}, work, args) for rank in range(world)]
         statuses: dict[int, int] = {}
         end = time.monotonic() + timeout

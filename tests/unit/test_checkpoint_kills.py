@@ -1,4 +1,4 @@
-"""Killed at every place where a save touches the disk: a fresh process finds the old checkpoint or the new one, whole."""
+"""Killed at every place where a save touches the disk: a fresh process finds the old checkpoint or the new one."""
 
 import shutil
 import signal
