@@ -68,9 +68,10 @@ class Trainer:
         recipe = job.recipe
         self.job, self.recipe, self.world, self.control, self.watch = job, recipe, world, control, watch
         self.run_dir = Path(recipe.run_dir)
-        self.started = time.monotonic()
         self.record = record(job, world.size)
-        distributed.check_agreement(flat(self.record))
+        told_apart = flat(self.record)
+        del told_apart["versions.commit"]  # a node may have no git
+        distributed.check_agreement(told_apart)
         self.lock = occupy(self.run_dir)
         watch.at("loading")
         path = find_start(self.run_dir, resume, self.record, accepted)
@@ -292,7 +293,7 @@ class Trainer:
         """On rank 0: whether there is a STOP file, or the time is up but for this step's end, another, and a save."""
         self.control.look(self.run_dir)
         limit = self.recipe.train.max_minutes * 60
-        if limit and time.monotonic() - self.started + 2 * step_s + self.saves.longest_s > limit:
+        if limit and time.monotonic() - self.control.started + 2 * step_s + self.saves.longest_s > limit:
             self.control.stop(f"train.max_minutes = {self.recipe.train.max_minutes:g}")
 
     def _say_stopped(self, where: str) -> None:

@@ -23,6 +23,7 @@ from dstrain.knobs import describe
 from dstrain.tracking.redact import mask_output
 
 if TYPE_CHECKING:
+    from dstrain.engine.distributed import World
     from dstrain.job import Job
 
 log = logging.getLogger("dstrain")
@@ -91,21 +92,23 @@ def main(argv: list[str] | None = None) -> int:
         elif args.resume != "never":
             checkpoint.read_manifest(Path(args.resume))
         announce(job)
+        if args.dry_run:
+            return 0
+        world = distributed.start()
     except DstrainError as e:  # all ranks of a node find the same
         if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
             log.error("dstrain: error: %s", e)
         return 2
-    return 0 if args.dry_run else train(job, control, args.resume, accepted)
+    return train(job, world, control, args.resume, accepted)
 
 
-def train(job: "Job", control: Control, resume: str, accepted: Collection[str]) -> NoReturn:
-    """Join the other ranks, train, and end this process; an error is said once, by the rank that had it first."""
+def train(job: "Job", world: "World", control: Control, resume: str, accepted: Collection[str]) -> NoReturn:
+    """Train with the other ranks, and end this process; an error is said once, by the rank that had it first."""
     from dstrain.engine import distributed
     from dstrain.engine.watch import Watch
     from dstrain.trainer import Trainer
 
     code = 1
-    world = distributed.start()
     control.running = True
     watch = Watch(job.recipe.guard.hang_minutes * 60, control.stop)
     try:

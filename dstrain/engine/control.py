@@ -19,6 +19,7 @@ class Control:
     """What this process has been asked to do."""
 
     def __init__(self) -> None:
+        self.started = time.monotonic()
         self.reason = ""  # to stop; empty = go on
         self.by_person = False  # who does not want it to come back by itself
         self.running = False  # once the ranks work together, they stop together
