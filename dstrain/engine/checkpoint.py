@@ -172,7 +172,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         if not file.is_file() or file.stat().st_size > MAX_MANIFEST:
-            raise CheckpointError(f"{file}: {'too large for a manifest' if file.is_file() else 'no such file'}")
+            what = "too large for a manifest" if file.is_file() else "no such file"
+            raise CheckpointError(f"{path}: not a checkpoint of dstrain ({file.name}: {what})")
         manifest = json.loads(file.read_text("utf-8"), object_pairs_hook=_without_duplicates)
         if manifest["format"] != FORMAT or type(manifest["format"]) is not int:
             raise CheckpointError(f"{file}: format {manifest['format']!r:.40}, this version reads {FORMAT}")
