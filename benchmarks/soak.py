@@ -151,6 +151,7 @@ class Chain:
         self.happened: Counter[str] = Counter()
         self.codes: Counter[str] = Counter()
         self.starts = 0
+        self.begun = 0.0  # the last start, by the clock of files
         self.marks, self.log, self.run_dir = folder / "marks", folder / "soak.log", folder / "run"
         self.marks.mkdir()
         self.recipe = prepare_run(
@@ -187,7 +188,7 @@ class Chain:
             start = plan(self.rng, before[0] if before else 0, self.marks, self.starts)
             assert start.step < self.steps - 1, "the steps are over before the events are: give it more"
             self.starts += 1
-            begun = time.monotonic()
+            begun, self.begun = time.monotonic(), time.time()
             with self.log.open("a") as log:
                 log.write(f"\n=== start {self.starts} from {before[:1]}: {start}\n")
             met = self._torchrun(start) if start.end == "torchrun killed" else self._forked(start)
@@ -227,7 +228,7 @@ class Chain:
 
     def _act(self, start: Start, ranks: Ranks) -> bool:
         """Do what is done from outside; whether it was."""
-        wait(lambda: not ranks.alive() or steps_done(self.run_dir) > start.step, LIMIT, f"{start}: no step")
+        wait(lambda: not ranks.alive() or self._reached(start.step), LIMIT, f"{start}: no step")
         if start.end in start.planned and start.end != "torn write":
             return False
         time.sleep(start.delay)
@@ -237,14 +238,19 @@ class Chain:
                 (self.run_dir / "STOP").touch()
             return bool(ranks.alive())
         if start.end == "torn write":  # it may take until a save, and some more
-            wait(lambda: not ranks.alive() or steps_done(self.run_dir) > start.step + 5, LIMIT, f"{start}: no step")
+            wait(lambda: not ranks.alive() or self._reached(start.step + 5), LIMIT, f"{start}: no step")
         if start.end.startswith("SIG"):
             return ranks.send(getattr(signal, start.end), who)
         return ranks.send(signal.SIGKILL, [int(w) for w in start.end.split() if w in "01"] or [0, 1])
 
+    def _reached(self, step: int) -> bool:
+        """Whether this start has done `step`: what an earlier one had done beyond its checkpoint is still in the file."""
+        path = self.run_dir / "metrics.jsonl"
+        return path.is_file() and path.stat().st_mtime > self.begun and steps_done(self.run_dir) > step
+
     def _torchrun(self, start: Start) -> list[str]:
         with FaultyRun(self.recipe, ds=self.ds, launcher="torchrun", faults=start.faults()) as run:
-            wait(lambda: not run.alive() or steps_done(self.run_dir) > start.step, LIMIT, f"{start}: no step")
+            wait(lambda: not run.alive() or self._reached(start.step), LIMIT, f"{start}: no step")
             done = bool(run.alive())
             run.processes[0].kill()
             run.ends(LIMIT)
