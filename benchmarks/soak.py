@@ -244,7 +244,7 @@ class Chain:
         return ranks.send(signal.SIGKILL, [int(w) for w in start.end.split() if w in "01"] or [0, 1])
 
     def _reached(self, step: int) -> bool:
-        """Whether this start has done `step`: what an earlier one had done beyond its checkpoint is still in the file."""
+        """Whether this start has done `step`: the file may still have more of an earlier one."""
         path = self.run_dir / "metrics.jsonl"
         return path.is_file() and path.stat().st_mtime > self.begun and steps_done(self.run_dir) > step
 
