@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dstrain.config import GuardConfig
+from dstrain.errors import CheckpointError
 
 SILENT = 50  # steps that are only looked at
 NEW_LEVEL = 20  # spikes in a row: then it is no spike, and what was usual before is forgotten
@@ -182,6 +183,8 @@ class SkippedData:
     def restore(self, state: list[Any]) -> None:
         """Go on from a `state`."""
         self._skips = [(int(start), int(shift)) for start, shift in state]
+        if not all(0 <= n < 1 << 40 for skip in self._skips for n in skip):
+            raise ValueError("a skip is negative or beyond all data")
 
 
 class NonFinite:
@@ -229,6 +232,9 @@ class Guards:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`; a guard that it lacks begins anew."""
-        for name, guard in vars(self).items():
-            if name in state:
-                guard.restore(state[name])
+        try:
+            for name, guard in vars(self).items():
+                if name in state:
+                    guard.restore(state[name])
+        except (TypeError, ValueError, OverflowError) as e:
+            raise CheckpointError(f"what the checkpoint says of the guards cannot be used ({e!r:.200})") from e

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,18 @@ class Incidents:
         _say(self._told(step, str(spike), found))
         return spike if self._recipe.guard.spikes == "skip" else None
 
-    def go_back(self, step: int) -> int:
-        """Undo the steps before `step` since the newest checkpoint, for the spike in the last; return its step.
+    def go_back(self, step: int, busy: Callable[[], None]) -> Path | None:
+        """Undo the steps before `step` since the last regular checkpoint, for the spike in the last; return that one.
 
-        Their data is left out, and a little more. Returns `step` if there is no checkpoint yet. Collective.
+        Regular are those of every train.save_every steps: others depend on when the run was stopped. The data of the
+        steps is left out, and a little more. Returns None if there is no such checkpoint yet. Collective.
         TrainingHalted if that was done for the same checkpoint again and again.
         """
-        path = checkpoint.find(self._run_dir / "checkpoints")
+        folder = self._run_dir / "checkpoints"
+        path = checkpoint.find(folder, busy, every=self._recipe.train.save_every)
         if path is None:
             _say("there is no checkpoint to go back to yet; the training goes on")
-            return step
+            return None
         manifest, skipped = checkpoint.read_manifest(path), self._guards.skipped
         back: int = manifest["step"]
         skipped.skip(back, step - 1 + self._recipe.guard.skip_steps)
@@ -85,10 +87,11 @@ class Incidents:
                 f"{path}: {MOST_SKIPS} times a spike followed on it; go on from an earlier checkpoint with"
                 " --resume PATH, or with a lower optimizer.lr"
             )
-        self._guards.restore({**manifest["guards"], "skipped": skipped.state()})
-        self._engine.master.restore(State(path), publish=True)
+        self._guards.restore({**manifest.get("guards", {}), "skipped": skipped.state()})
+        self._engine.master.restore(State(path), publish=True, busy=busy)
+        checkpoint.set_aside_newer(folder, back)
         _say(f"back to {path}; its steps take the batches from {skipped.data_step(back)} on")
-        return back
+        return path
 
     def _not_finite(self, step: int, loss: float, grad_norm: float, packs: Sequence[Computed]) -> None:
         name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Saves:
             folder,
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
+            regular=config.save_every,
             background=config.async_save,
             busy=busy,
         )
@@ -59,7 +61,8 @@ class Saves:
     def save(self, step: int, facts: dict[str, Any], *, last: bool = False) -> None:
         """Save the state after `step` updates; `last` waits for its end. TrainingHalted if that cannot be done."""
         start = time.perf_counter()
-        self.commit()
+        with suppress(TrainingHalted) if last else nullcontext():  # what failed before is no reason not to try now
+            self.commit()
         if self.newest == self._folder / checkpoint.name(step):
             return  # nothing has been done since
         self._begun = time.monotonic()

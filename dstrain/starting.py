@@ -15,7 +15,7 @@ from dstrain.engine import checkpoint, distributed
 from dstrain.engine.distributed import World
 from dstrain.engine.engine import Engine, build_engine
 from dstrain.engine.state import State
-from dstrain.errors import CheckpointError
+from dstrain.errors import CheckpointError, printable
 from dstrain.job import Job, load_pipeline, make_operators
 from dstrain.pipelines.base import Pipeline
 from dstrain.pipelines.cache import EncodedCache
@@ -23,7 +23,9 @@ from dstrain.pipelines.cache import EncodedCache
 log = logging.getLogger(__name__)
 
 
-def find_start(run_dir: Path, resume: str, record: Mapping[str, Any], accepted: Collection[str]) -> Path | None:
+def find_start(
+    run_dir: Path, resume: str, record: Mapping[str, Any], accepted: Collection[str], busy: Callable[[], None]
+) -> Path | None:
     """Return the checkpoint to continue from, if there is one, after checking that it fits; collective.
 
     Args:
@@ -31,6 +33,7 @@ def find_start(run_dir: Path, resume: str, record: Mapping[str, Any], accepted: 
         resume: "auto" for its newest undamaged checkpoint, "never", or a checkpoint's folder.
         record: what this run is (continuation.record).
         accepted: keys of the recipe that may differ although that changes what is learned.
+        busy: called again and again while files are read.
 
     Raises:
         CheckpointError: it is damaged or of another run, or there is one with "never".
@@ -40,10 +43,10 @@ def find_start(run_dir: Path, resume: str, record: Mapping[str, Any], accepted: 
         if any(folder.glob("step-*")):
             raise CheckpointError(f"{folder} holds an earlier run's checkpoints; choose another run_dir")
         return None
-    path = checkpoint.find(folder) if resume == "auto" else Path(resume)
+    path = checkpoint.find(folder, busy) if resume == "auto" else Path(resume)
     if path is None:
         return None
-    if resume != "auto" and (problem := checkpoint.damage(path)):
+    if resume != "auto" and (problem := checkpoint.damage(path, busy)):
         raise CheckpointError(f"--resume {resume}: {problem}")
     for line in compare(checkpoint.read_manifest(path), record, accepted, path):
         if distributed.is_main():
@@ -58,6 +61,12 @@ def start_engine(job: Job, path: Path | None, device: torch.device, busy: Callab
     """
     recipe, start_values = job.recipe, job.start_values()
     saved = State(path) if path else None
+    if saved and saved.shapes != job.trained:
+        other = sorted(n for n in {**saved.shapes, **job.trained} if saved.shapes.get(n) != job.trained.get(n))
+        raise CheckpointError(
+            f"{path}: it holds other parameters than train here, such as {printable(other[0])};"
+            " use another checkpoint, or another run_dir"
+        )
 
     def fill(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         busy()
@@ -70,7 +79,7 @@ def start_engine(job: Job, path: Path | None, device: torch.device, busy: Callab
         job.build_transformer, fill, job.ds_config, device, ema_decay=ema.decay, ema_on_cpu=ema.device == "cpu"
     )
     if saved:
-        engine.master.restore(saved)
+        engine.master.restore(saved, busy=busy)
         if ema.decay and "ema" not in saved.kinds and distributed.is_main():
             log.info("the checkpoint has no average: it begins anew")
     return engine

@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,13 @@ def append_json_line(path: Path, row: Any) -> None:
         f.write(json.dumps(row) + "\n")
 
 
-def sha256(path: Path, chunk: int = 1 << 22) -> str:
-    """Return the hex SHA-256 of a file, read in pieces of `chunk` bytes."""
+def sha256(path: Path, chunk: int = 1 << 22, busy: Callable[[], None] = lambda: None) -> str:
+    """Return the hex SHA-256 of a file, read in pieces of `chunk` bytes; `busy` is called after each."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(chunk):
             digest.update(block)
+            busy()
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +20,13 @@ from dstrain.data.loader import Pack
 from dstrain.data.policy import Bad
 from dstrain.data.sample import Sample
 from dstrain.engine import checkpoint, distributed
-from dstrain.engine.control import Control
+from dstrain.engine.control import STOP_FILE, Control
 from dstrain.engine.distributed import World
-from dstrain.engine.export import export, open_base, open_checkpoint
+from dstrain.engine.export import Read, export, open_base, open_checkpoint
 from dstrain.engine.lr import lr_factor
 from dstrain.engine.run_folder import occupy
 from dstrain.engine.watch import Watch
-from dstrain.errors import DataError
+from dstrain.errors import DataError, TrainingHalted
 from dstrain.guards import Guards, Spike
 from dstrain.incidents import Computed, Incidents
 from dstrain.job import Job, count, make_objective
@@ -69,16 +70,16 @@ class Trainer:
         self.job, self.recipe, self.world, self.control, self.watch = job, recipe, world, control, watch
         self.run_dir = Path(recipe.run_dir)
         self.record = record(job, world.size)
-        told_apart = flat(self.record)
-        del told_apart["versions.commit"]  # a node may have no git
-        distributed.check_agreement(told_apart)
+        self._agree()
         self.lock = occupy(self.run_dir)
         watch.at("loading")
-        path = find_start(self.run_dir, resume, self.record, accepted)
+        path = find_start(self.run_dir, resume, self.record, accepted, watch.busy)
+        watch.at("loading the encoders")
         self.pipeline, self.cache = load_frozen(job, world.device)
         self.objective = make_objective(recipe)
         self.loader, self.bad = open_loader(job, world), open_quarantine(job)
         self.guards = Guards(recipe.guard)
+        watch.at("building the engine")
         self.engine = start_engine(job, path, world.device, watch.busy)
         self.saves = Saves(self.engine.master, self.run_dir / "checkpoints", recipe.train, path, watch.busy)
         self.incidents = Incidents(recipe, self.guards, self.pipeline, self.engine, self.objective)
@@ -99,9 +100,21 @@ class Trainer:
             assert self.saves.newest is not None
             self.watch.at("the export")
             state = open_checkpoint(self.saves.newest, ema=recipe.ema.decay > 0)
+            state = replace(state, read=self._heard(state.read))
             export(state, folder, lambda: open_base(self.pipeline, recipe.model.init, recipe.seed))
             log.info("exported to %s (%s)", folder, "LoRA files" if recipe.lora.rank else "diffusers layout")
+        if self.world.is_main:
+            (self.run_dir / STOP_FILE).unlink(missing_ok=True)  # it came too late to stop anything
         return True
+
+    def _heard(self, read: Read) -> Read:
+        """Let the watch know that something goes on, whenever a tensor is read."""
+
+        def heard(name: str) -> torch.Tensor:
+            self.watch.busy()
+            return read(name)
+
+        return heard
 
     def _train(self) -> bool:
         """Train to the last step; False if any rank was asked to stop before."""
@@ -127,6 +140,7 @@ class Trainer:
                             self._save(step, last=True)
                         raise
                     stats, wishes, spike = taken
+                    self.control.by_person |= wishes.by_person
                     self.tracker.log(step, stats)
                     bar.set_postfix(loss=f"{stats['loss']:.4f}", refresh=False)
                     bar.update()
@@ -146,9 +160,12 @@ class Trainer:
                         return False
                     if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
                         self.watch.at("painting")
-                        folder = self.run_dir / "samples" / f"step-{step:08d}"
-                        grid = paint(self.engine, self.pipeline, recipe.sample, recipe.seed, folder, self.world)
-                        self.tracker.log_image(step - 1, "samples", grid)
+                        self.saves.commit()
+                        self._paint(step)
+        except TrainingHalted:  # on all ranks
+            with suppress(TrainingHalted):
+                self.saves.commit()
+            raise
         finally:
             bar.close()
             self.saves.close()
@@ -237,6 +254,16 @@ class Trainer:
         }
         return figures, agreed.wishes, spike
 
+    def _agree(self) -> None:
+        """See that all ranks are about to do the same; versions may differ, as on a resume, and are told."""
+        versions = self.record["versions"]
+        self.record["versions"] = distributed.from_main(versions)
+        for rank, theirs in enumerate(distributed.gather(versions)):
+            if theirs != self.record["versions"] and self.world.is_main:
+                other = {key: f"{v} here {versions[key]}" for key, v in theirs.items() if v != versions[key]}
+                log.warning("rank %d has other versions: %s", rank, other)
+        distributed.check_agreement(flat(self.record))
+
     def _seed(self, step: int) -> None:
         if self.recipe.lora.dropout:
             torch.manual_seed(words(self.recipe.seed, Purpose.DROPOUT, step, self.world.rank)[0])
@@ -253,9 +280,18 @@ class Trainer:
         """Undo the steps since the newest checkpoint, leaving out their data and a little more; returns its step."""
         self.watch.at("going back")
         self.saves.commit()
-        back = self.incidents.go_back(step)
-        self.tracker.rewind(back)
-        return back
+        path = self.incidents.go_back(step, self.watch.busy)
+        if path is None:
+            return step
+        self.saves.newest = path
+        self.tracker.rewind(checkpoint.step_of(path))
+        return checkpoint.step_of(path)
+
+    def _paint(self, step: int) -> None:
+        recipe, folder = self.recipe, self.run_dir / "samples" / f"step-{step:08d}"
+        grid = paint(self.engine, self.pipeline, recipe.sample, recipe.seed, folder, self.world, self.watch.busy)
+        if grid is not None:
+            self.tracker.log_image(step - 1, "samples", grid)
 
     def _agreed(self, pack: Pack, bad: list[Bad]) -> list[Sample]:
         """Return a pack's samples, adding to `bad` those of all ranks; or raise on all what happened on any."""
@@ -284,7 +320,9 @@ class Trainer:
         manifest = checkpoint.read_manifest(path)
         step: int = manifest["step"]
         self.guards.restore(manifest.get("guards", {}))
-        checkpoint.set_aside_newer(self.run_dir / "checkpoints", step)
+        folder = self.run_dir / "checkpoints"
+        ours = path.resolve().parent == folder.resolve()
+        checkpoint.set_aside_newer(folder, step if ours else -1)  # another run's goes on here: this one's are past
         if self.world.is_main:
             log.info("continuing from %s at step %d of %d", path, step, self.recipe.train.steps)
         return step

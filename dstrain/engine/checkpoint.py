@@ -26,6 +26,10 @@ MAX_MANIFEST = 64 << 20  # bytes; real ones have some thousand
 T = TypeVar("T")
 
 
+def _idle() -> None:
+    pass
+
+
 def name(step: int) -> str:
     """Return the name of the folder of a checkpoint."""
     return f"step-{step:08d}"
@@ -80,15 +84,17 @@ def discard(path: Path) -> None:
     remove(trash)
 
 
-def find(folder: Path) -> Path | None:
+def find(folder: Path, busy: Callable[[], None] = _idle, every: int = 1) -> Path | None:
     """Return the newest undamaged checkpoint of a run, or None if there are none; collective.
+
+    every: only of multiples of so many steps. busy: called again and again while files are read.
 
     Damaged ones are named and passed over; CheckpointError if all are damaged or the folder cannot be read, rather than
     starting over in silence.
     """
-    paths = _on_main(lambda: committed(folder))
+    paths = _on_main(lambda: [path for path in committed(folder) if step_of(path) % every == 0])
     for path in paths:
-        problem = damage(path)
+        problem = damage(path, busy)
         if not problem:
             return path
         if distributed.is_main():
@@ -129,7 +135,7 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def damage(path: Path) -> str:
+def damage(path: Path, busy: Callable[[], None] = _idle) -> str:
     """Return what is wrong with a checkpoint, or ""; collective, each rank digests its share of the files."""
     try:
         manifest = read_manifest(path)
@@ -142,13 +148,13 @@ def damage(path: Path) -> str:
         elif extra:
             problem = f"{path / extra[0]} is not of this checkpoint: its manifest does not name it"
         else:
-            problem = damaged_file(path, {name: files[name] for name in _own_share(sorted(files))})
+            problem = damaged_file(path, {name: files[name] for name in _own_share(sorted(files))}, busy)
     except (CheckpointError, OSError) as e:
         problem = str(e)
     return next((p for p in distributed.gather(problem) if p), "")
 
 
-def damaged_file(path: Path, files: Mapping[str, tuple[int, str]]) -> str:
+def damaged_file(path: Path, files: Mapping[str, tuple[int, str]], busy: Callable[[], None] = _idle) -> str:
     """Return what is wrong with the first file of a checkpoint that is not as its manifest's entry says, or ""."""
     for name, (size, digest) in files.items():
         file = path / name
@@ -156,7 +162,7 @@ def damaged_file(path: Path, files: Mapping[str, tuple[int, str]]) -> str:
             return f"{file} is missing"
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size} bytes instead of {size}"
-        if sha256(file) != digest:
+        if sha256(file, busy=busy) != digest:
             return f"{file} has another SHA-256 than its manifest says"
     return ""
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "STOP"
 HOLD_VARIABLE = "DSTRAIN_HOLD_FILE"  # a file that says that a person has stopped the run, not the machine
 
@@ -27,9 +27,10 @@ class Control:
         self._looked = 0.0
 
     def listen(self) -> None:
-        """Note SIGTERM, SIGUSR1 and SIGINT from now on; the third ends the process without saving."""
+        """Note SIGTERM, SIGUSR1, SIGINT and SIGHUP from now on; the third ends the process without saving."""
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+                signal.signal(number, self._on_signal)
 
     def stop(self, reason: str, *, by_person: bool = False) -> None:
         """Ask for a stop."""
@@ -58,7 +59,7 @@ class Control:
             self.stop(name, by_person=number == signal.SIGINT)
             _say(f"{name}: stopping after this step, with a checkpoint; a third signal ends without one")
         elif self._signals > 2:
-            _say(f"{name}: ended without saving; the last checkpoint is intact")
+            _say(f"{name}: ended without saving; what was saved before is intact")
             os._exit(1)
 
 

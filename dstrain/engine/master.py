@@ -205,16 +205,18 @@ class Master:
                     yield {kind: tensor[first:last] for kind, tensor in found.items()}
 
     @torch.no_grad()
-    def restore(self, saved: State, *, publish: bool = False) -> None:
+    def restore(self, saved: State, *, publish: bool = False, busy: Callable[[], None] = lambda: None) -> None:
         """Take fp32 weights, moments and average from a checkpoint.
 
         What the model computes with must be there already, or is brought there with `publish`, which is collective.
+        busy: called again and again meanwhile.
         """
         self.may_change.wait()
         for group in self.groups:
             with group.in_memory():
                 found = dict[str, Tensor]()
                 for f in group.fragments:
+                    busy()
                     for kind in saved.kinds if f.size else ():
                         if not saved.has(kind, f.name) or (kind == "ema" and not self.average):
                             continue

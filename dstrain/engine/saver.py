@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 class Saver:
     """Saves the state of a run as folder/step-N and keeps the newest `keep`, besides all multiples of `keep_every`.
 
+    regular: of its multiples the newest is kept as well; it is the one that a run goes back to.
     background: "on" and "auto" write beside the training; "auto" only where every node has memory for the copy.
     busy: called again and again while a file is written, from the thread that does.
     `begin` and `commit` are collective, and so is `finish`.
@@ -45,11 +46,12 @@ class Saver:
         *,
         keep: int = 2,
         keep_every: int = 0,
+        regular: int = 0,
         background: Literal["auto", "on", "off"] = "off",
         busy: Callable[[], None] = lambda: None,
     ) -> None:
         self._master, self._folder, self._busy = master, folder, busy
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._regular = keep, keep_every, regular
         self._background = "off" if master.is_on_disk else background
         self._copy: _Copy | None = None
         self._write: _Write | None = None
@@ -83,7 +85,9 @@ class Saver:
         partial = self._folder / f".{checkpoint.name(step)}.partial"
         pieces = self._master.pieces()
         size = sum(p.size * dtype.itemsize for p in pieces for dtype in p.kinds.values())
-        needs = distributed.gather((size, socket.gethostname(), available_memory(), self._copy is not None))
+        # Page-locked memory is taken by powers of two.
+        room = 1 << (size - 1).bit_length() if torch.cuda.is_available() and size else size
+        needs = distributed.gather((size, room, socket.gethostname(), available_memory(), self._copy is not None))
         self._need = sum(need[0] for need in needs)
         background = self._background != "off" and (self._background == "on" or _has_room(needs))
         if not background and self._background == "auto":
@@ -159,8 +163,11 @@ class Saver:
 
     def _retire(self, step: int) -> None:
         older = [p for p in checkpoint.committed(self._folder) if checkpoint.step_of(p) < step]
+        kept = {p for p in older if self._keep_every and checkpoint.step_of(p) % self._keep_every == 0}
+        if self._regular and step % self._regular:
+            kept |= set([p for p in older if checkpoint.step_of(p) % self._regular == 0][:1])
         for path in older[self._keep - 1 :]:
-            if not self._keep_every or checkpoint.step_of(path) % self._keep_every:
+            if path not in kept:
                 checkpoint.retire(path)
 
 
@@ -178,6 +185,7 @@ class _Write:
         busy: Callable[[], None],
     ) -> None:
         self._busy = busy
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.step, self.partial, self.facts = step, partial, facts
         self._master, self._pieces, self._copy = master, pieces, copy
         self.copied = copy is not None
@@ -209,6 +217,8 @@ class _Write:
     @torch.no_grad()
     def _run(self) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # a thread of its own begins with the first GPU
             tensors = self._master.tensors()
             if self._copy is not None:
                 tensors = self._copy.take(tensors, self._ready)
@@ -227,10 +237,10 @@ class _Copy:
         self.pieces = pieces
         places = [(kind, dtype, piece.size) for piece in pieces for kind, dtype in piece.kinds.items()]
         ends = [0, *accumulate(-(-size * dtype.itemsize // 8) * 8 for _, dtype, size in places)]
-        memory = torch.empty(ends[-1], dtype=torch.uint8)
-        if torch.cuda.is_available() and ends[-1]:
-            # Page-locked, so that the GPU copies beside its work. It is no error if the system does not let us.
-            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), ends[-1], 0)
+        try:  # page-locked, so that the GPU copies beside its work
+            memory = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        except RuntimeError:  # the system does not let us
+            memory = torch.empty(ends[-1], dtype=torch.uint8)
         views = (
             memory[begin : begin + size * dtype.itemsize].view(dtype) for begin, (_, dtype, size) in zip(ends, places)
         )
@@ -241,10 +251,11 @@ class _Copy:
         if ready is None:
             self._fill(tensors)
         else:
-            with torch.cuda.stream(torch.cuda.Stream()) as _:
-                torch.cuda.current_stream().wait_event(ready)
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
                 self._fill(tensors)
-                torch.cuda.current_stream().synchronize()
+            stream.synchronize()
         return iter(self._buffers)
 
     def _fill(self, tensors: Iterator[dict[str, Tensor]]) -> None:
@@ -253,12 +264,12 @@ class _Copy:
                 buffer.copy_(found[kind], non_blocking=True)
 
 
-def _has_room(needs: list[tuple[int, str, float, bool]]) -> bool:
+def _has_room(needs: list[tuple[int, int, str, float, bool]]) -> bool:
     """Whether each host has memory for the copies of its ranks, and a tenth of that to spare."""
-    hosts = {host for _, host, _, _ in needs}
+    hosts = {host for _, _, host, _, _ in needs}
     for host in hosts:
-        mine = [(size, free) for size, where, free, has_copy in needs if where == host and not has_copy]
-        if mine and 1.1 * sum(size for size, _ in mine) > min(free for _, free in mine):
+        mine = [(room, free) for _, room, where, free, has_copy in needs if where == host and not has_copy]
+        if mine and 1.1 * sum(room for room, _ in mine) > min(free for _, free in mine):
             return False
     return True
 

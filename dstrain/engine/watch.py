@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,16 +40,17 @@ class Process:
     host: str
     pid: int
     born: str  # its start time, as the kernel counts
+    place: str  # which kernel and which of its containers: hosts may share a name
 
     @classmethod
     def of(cls, pid: int) -> "Process":
         """Describe a process of this host."""
-        return cls(socket.gethostname(), pid, _stat(pid)[1])
+        return cls(socket.gethostname(), pid, _stat(pid)[1], _place())
 
     @property
     def is_here(self) -> bool:
         """Whether it is of this host."""
-        return self.host == socket.gethostname()
+        return self.place == _place()
 
     @property
     def alive(self) -> bool:
@@ -112,8 +114,8 @@ class Watch:
         """Stop watching on this rank; `together` waits for the others first, however long rank 0 is busy alone."""
         with suppress(RuntimeError):  # of a store whose keeper has gone first
             if together and self._rank:
+                self.at("the end, where rank 0 is waited for")
                 while not self._store.check(["end"]):
-                    self.at("the end, where rank 0 is waited for")
                     time.sleep(0.1)
             self._left.set()
             self._tell()
@@ -150,7 +152,10 @@ class Watch:
 
     def _talk(self) -> None:
         """Tell where this rank is, and hear whether the run is to end; rank 0 decides."""
+        last = time.monotonic()
         while not self._left.wait(self._interval):
+            self._forgive(time.monotonic() - last)
+            last = time.monotonic()
             try:
                 self._tell()
                 if self._rank == 0 and (verdict := self._judge(self._all_beats())):
@@ -164,9 +169,18 @@ class Watch:
             if verdict:
                 self._end(*verdict)
 
+    def _forgive(self, passed: float) -> None:
+        """If this process itself was stopped for a while, and goes on now, begin anew instead of judging the others."""
+        if passed > self._interval + GRACE + self._seconds / 2:
+            self._moved = self._heard = time.monotonic()
+            self._beats.clear()
+
     def _look(self) -> None:
         """See what needs no store, and is seen also when that does not answer."""
+        last = time.monotonic()
         while not self._left.wait(min(1.0, self._interval)):
+            self._forgive(time.monotonic() - last)
+            last = time.monotonic()
             if not all(launcher.alive for launcher in self._launchers):
                 self._launchers = []
                 self._on_orphaned("its launcher is gone")
@@ -213,7 +227,7 @@ class Watch:
         others = [r for r in range(self._size) if r not in culprits]
         if self._rank == min(others, default=0):
             log.error(
-                "dstrain: error: %s. The run ends; the last checkpoint is intact, and the same command continues",
+                "dstrain: error: %s. The run ends; what was saved is intact, and the same command continues",
                 message,
             )
         if self._rank in culprits or not others or self._rank == others[0]:
@@ -223,6 +237,14 @@ class Watch:
                 os.kill(process.pid, signal.SIGKILL)
         logging.shutdown()
         os._exit(1)
+
+
+@cache
+def _place() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return socket.gethostname()
 
 
 def _stat(pid: int) -> tuple[str, str]:

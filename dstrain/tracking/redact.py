@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from dstrain.errors import printable
+
 MASK = "***"
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of snake_case, camelCase and CAPITALS
 _SECRET_ENDS = (
@@ -71,7 +73,8 @@ def redact_text(text: str, environ: Mapping[str, str] = os.environ) -> str:
 def mask_output() -> None:
     """Mask secrets in every log record of this process, whoever logs, and in the traceback of what ends it or a thread.
 
-    Records are masked as they are made, since libraries bring handlers of their own.
+    Records are masked as they are made, since libraries bring handlers of their own. What a terminal would obey is
+    written out.
     """
     make = logging.getLogRecordFactory()
 
@@ -81,7 +84,7 @@ def mask_output() -> None:
             message = record.getMessage()
         except Exception:  # a message that does not fit its arguments, which logging would print both of
             message = f"{record.msg} {record.args}"
-        record.msg, record.args = redact_text(message), ()
+        record.msg, record.args = printable(redact_text(message), "\n\t"), ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = redact_text("".join(traceback.format_exception(*record.exc_info)).rstrip("\n"))
         if record.stack_info:

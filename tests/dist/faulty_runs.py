@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,10 +23,24 @@ from dstrain.engine.state import State
 TAG = "DSTRAIN_TEST_RUN"  # in the environment of all processes of a launch, however they are related
 
 
-class FaultyRun:
-    """One launch on two ranks, or `ranks`, of which all processes are known; they are killed when the context ends.
+@cache
+def _server() -> "subprocess.Popen[str]":
+    """One for all runs of the tests; it ends when its input does, with this process."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests/dist/fork_server.py"],
+        env=environment(),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
 
-    launcher: bare (the ranks alone, with the variables that a launcher would set), deepspeed or torchrun.
+
+class FaultyRun:
+    """One launch on two ranks, of which all processes are known; they are killed when the context ends.
+
+    launcher: bare (the ranks alone, forked, with the variables that a launcher would set), deepspeed or torchrun.
     """
 
     def __init__(
@@ -33,47 +49,58 @@ class FaultyRun:
         *overrides: str,
         ds: str = "zero2",
         launcher: str = "bare",
-        ranks: int = 2,
         faults: Sequence[Mapping[str, Any]] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._tag = secrets.token_hex(8)
         self._log = recipe.parent / f"output-{self._tag}.log"
+        self._log.touch()
         env = environment() | {TAG: self._tag, **(env or {})}
         if faults:
             env["DSTRAIN_FAULTS"] = json.dumps(list(faults))
         ds_path = ds if ds.endswith(".json") else f"ds_configs/{ds}.json"
-        script = ["launch/train.py", "--ds_config", ds_path, "--config", str(recipe), *overrides]
+        argv = ["--ds_config", ds_path, "--config", str(recipe), *overrides]
         bin_dir, port = Path(sys.executable).parent, free_port()
+        self.started = time.time()
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._ranks: list[int] = []
         if launcher == "bare":
-            world = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-            starts = [
-                ([sys.executable], world | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)})
-                for r in range(ranks)
-            ]
-        elif launcher == "deepspeed":
-            starts = [([str(bin_dir / "deepspeed"), f"--num_accelerators={ranks}", f"--master_port={port}"], {})]
-        else:
-            starts = [([str(bin_dir / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={port}"], {})]
+            world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            self._ranks = [self._fork(argv, env | world | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+            return
+        start = {
+            "deepspeed": [bin_dir / "deepspeed", "--num_accelerators=2", f"--master_port={port}"],
+            "torchrun": [bin_dir / "torchrun", "--nproc_per_node=2", f"--master_port={port}"],
+        }[launcher]
         with self._log.open("ab") as log:
-            self.processes = [
-                subprocess.Popen(
-                    [*start, *script], env=env | more, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-                )
-                for start, more in starts
-            ]
+            self._launcher = subprocess.Popen(
+                [*map(str, start), "launch/train.py", *argv],
+                env=env,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _fork(self, argv: list[str], env: Mapping[str, str]) -> int:
+        server, code = _server(), self._code(int(env["RANK"]))
+        assert server.stdin and server.stdout
+        order = {"argv": argv, "env": env, "log": str(self._log), "code": str(code)}
+        server.stdin.write(json.dumps(order) + "\n")
+        return int(server.stdout.readline())
+
+    def _code(self, rank: int) -> Path:
+        return self._log.with_name(f"code-{self._tag}-{rank}")
 
     def __enter__(self) -> "FaultyRun":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for pid in self.alive():
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        for process in self.processes:
-            process.wait()
+        if self._launcher:
+            self._launcher.wait()
 
     @property
     def output(self) -> str:
@@ -82,6 +109,8 @@ class FaultyRun:
 
     def alive(self) -> dict[int, str]:
         """Command lines by pid of all processes of the launch, of launchers and orphans too, but not of zombies."""
+        if self._ranks:
+            return {pid: "launch/train.py" for r, pid in enumerate(self._ranks) if not self._code(r).exists()}
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -93,6 +122,8 @@ class FaultyRun:
 
     def rank(self, number: int) -> int:
         """Return the pid of a rank."""
+        if self._ranks:
+            return self._ranks[number]
         for pid, command in self.alive().items():
             environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if "launch/train.py" in command and f"RANK={number}".encode() in environ:
@@ -108,7 +139,7 @@ class FaultyRun:
         for pid in [self.rank(r) for r in ranks]:
             os.kill(pid, number)
 
-    def until(self, what: Callable[[], bool], limit: float = 90) -> None:
+    def until(self, what: Callable[[], bool], limit: float = 240) -> None:
         """Wait until something is so; the run must not end before, nor the time."""
         end = time.monotonic() + limit
         while not what():
@@ -116,24 +147,31 @@ class FaultyRun:
             assert self.alive(), f"the run has ended\n{self.output[-4000:]}"
             time.sleep(0.03)
 
-    def until_said(self, text: str, limit: float = 90) -> None:
+    def until_said(self, text: str, limit: float = 240) -> None:
         """Wait until a process says `text`."""
         self.until(lambda: text in self.output, limit)
 
-    def until_step(self, run_dir: Path, step: int, limit: float = 90) -> None:
-        """Wait until `step` is in the metrics."""
-        self.until(lambda: steps_done(run_dir) > step, limit)
+    def until_step(self, run_dir: Path, step: int, limit: float = 240) -> None:
+        """Wait until this launch has done `step`."""
+        path = run_dir / "metrics.jsonl"  # in which an earlier start may have got further than its checkpoint
 
-    def ends(self, limit: float = 90) -> list[int]:
-        """Wait until no process is left; return the exit codes of those that were started: ranks, or the launcher."""
+        def is_done() -> bool:
+            return path.is_file() and path.stat().st_mtime > self.started and steps_done(run_dir) > step
+
+        self.until(is_done, limit)
+
+    def ends(self, limit: float = 240) -> list[int]:
+        """Wait until no process is left; return the exit codes: the ranks', or the launcher's."""
         end = time.monotonic() + limit
         while self.alive():
             assert time.monotonic() < end, f"not ended within {limit} s: {self.alive()}\n{self.output[-6000:]}"
             time.sleep(0.03)
-        return [process.wait() for process in self.processes]
+        if self._launcher:
+            return [self._launcher.wait()]
+        return [int(self._code(r).read_text()) for r in range(len(self._ranks))]
 
 
-def run_faulty(recipe: Path, *overrides: str, code: int | None = 0, limit: float = 120, **how: Any) -> str:
+def run_faulty(recipe: Path, *overrides: str, code: int | None = 0, limit: float = 300, **how: Any) -> str:
     """Launch, wait for the end, and return the output; asserts the exit code of every rank unless it is None."""
     with FaultyRun(recipe, *overrides, **how) as run:
         codes = run.ends(limit)
