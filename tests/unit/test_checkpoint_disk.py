@@ -52,8 +52,10 @@ def try_to_save(run: Path, background: str, rank: int, world: int) -> tuple[str,
     return said, left
 
 
-@pytest.mark.parametrize("background", ["off", "on"])
-@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EACCES", "EDQUOT"])
+@pytest.mark.parametrize(
+    ("error", "background"),
+    [("ENOSPC", "off"), ("EIO", "off"), ("EACCES", "off"), ("EDQUOT", "off"), ("ENOSPC", "on"), ("EIO", "on")],
+)
 def test_an_error_at_every_write(run, tmp_path, error, background):
     shutil.copytree(run, tmp_path / "count")
     [count] = forked(counted, tmp_path / "count", environment=FaultPlan().environment())
