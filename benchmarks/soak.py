@@ -252,7 +252,7 @@ class Chain:
         with FaultyRun(self.recipe, ds=self.ds, launcher="torchrun", faults=start.faults()) as run:
             wait(lambda: not run.alive() or self._reached(start.step), LIMIT, f"{start}: no step")
             done = bool(run.alive())
-            run.processes[0].kill()
+            os.kill(run.launcher("torchrun"), signal.SIGKILL)
             run.ends(LIMIT)
         with self.log.open("a") as log:
             log.write(run.output)
