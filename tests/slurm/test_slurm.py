@@ -161,8 +161,13 @@ def test_a_stop_file_ends_the_job_for_good(tmp_path: Path, cluster: Path) -> Non
 
 
 def test_a_time_limit_queues_the_job_again_but_scancel_ends_it(tmp_path: Path, cluster: Path) -> None:
-    job = Job(tmp_path, "train.steps=5000", options=("--time=2", "--signal=USR1@60"))
+    job = Job(tmp_path, "train.steps=5000", options=("--time=60", "--signal=USR1@60"))
+    started = time.monotonic()
+    job.wait_for_step(2)
+    soon = int(time.monotonic() - started) // 60 + 2  # minutes, the least that SLURM counts in
+    run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={soon}")
     job.wait_for_requeue()
+    run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     saved = len(job.records())
     assert saved and (job.run_dir / f"checkpoints/step-{saved:08d}").is_dir(), job.text()
     job.wait_for_step(saved + 1)
