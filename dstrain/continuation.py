@@ -128,6 +128,8 @@ def compare(manifest: Mapping[str, Any], record: Mapping[str, Any], accepted: Co
     if refused or asked:
         parts = [f"refused: {'; '.join(map(str, refused))}"] if refused else []
         parts += [f"needs consent: {'; '.join(map(str, asked))}"] if asked else []
+        given = [c for c in found if c.verdict == "consent" and c not in asked]
+        parts += [f"accepted: {'; '.join(map(str, given))}"] if given else []  # it may be the cause of what is refused
         ways = ["Change it back", f"pass --accept {','.join(c.key for c in asked)}"][: 1 if refused else 2]
         raise CheckpointError(
             f"{path}: cannot be continued, since this run differs; {'. '.join(parts)}. {', '.join(ways)},"
@@ -142,7 +144,9 @@ def parse_accepted(text: str) -> frozenset[str]:
     for key in sorted(keys):
         if key not in KEYS:
             known = [k for k in KEYS if verdict(k) == "consent"]
-            raise ConfigError(f"--accept {key}: no key of a recipe{did_you_mean(key, known)} ({', '.join(known)})")
+            raise ConfigError(
+                f"--accept {key}: no key of a recipe{did_you_mean(key, known)} (can be accepted: {', '.join(known)})"
+            )
         if verdict(key) == "may":
             raise ConfigError(f"--accept {key}: it may change without consent; leave it out")
         if verdict(key) == "refused":

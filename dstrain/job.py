@@ -124,7 +124,9 @@ class Job:
             return []
         manifest = checkpoint.read_manifest(path)
         changes = compare(manifest, record(self, self.world_size), accepted, path)
-        log.info("will continue from %s, step %d of %d", path, manifest["step"], self.recipe.train.steps)
+        step, steps = manifest["step"], self.recipe.train.steps
+        what = "will continue from" if step < steps else "nothing is left to train after"
+        log.info("%s %s, step %d of %d", what, path, step, steps)
         return changes
 
     def start_values(self) -> Fill:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dstrain.config import Recipe, load_recipe
-from dstrain.engine.control import Control
+from dstrain.engine.control import Control, outlive_readers
 from dstrain.errors import DstrainError, TrainingHalted
 from dstrain.knobs import describe
 from dstrain.tracking.redact import mask_output
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     control = Control()
     control.listen()
+    outlive_readers(control)
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls names that torch has renamed
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     logging.basicConfig(

@@ -57,13 +57,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _checkpoint(source: Path) -> Path | None:
     """Return the checkpoint folder that `source` names, or None if it is a LoRA."""
-    from dstrain.engine.checkpoint import MANIFEST
+    from dstrain.engine.checkpoint import MANIFEST, step_of
 
     if (source / MANIFEST).is_file():
         return source
     found = [m.parent for folder in (source, source / "checkpoints") for m in folder.glob(f"step-*/{MANIFEST}")]
+    found = [path for path in found if path.name.removeprefix("step-").isdecimal()]
     if found:
-        return max(found, key=lambda checkpoint: checkpoint.name)
+        return max(found, key=step_of)
     if source.is_file() or any(not p.name.startswith("rank-") for p in source.glob("*.safetensors")):
         return None
     what = f"neither a checkpoint ({MANIFEST}) nor a run folder with one, nor a LoRA file"

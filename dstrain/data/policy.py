@@ -98,10 +98,10 @@ class BadSamples:
 def read_quarantine(path: Path) -> dict[tuple[str, str], Reason]:
     """Read what an earlier run wrote, by (shard, key); a line that is no entry is passed over with a warning."""
     known = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
             known[str(entry["shard"]), str(entry["key"])] = Reason(entry["reason"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             log.warning("%s has a line that is not an entry: %.80r", path, line)
     return known

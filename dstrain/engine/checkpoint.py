@@ -125,13 +125,21 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint of RUN_DIR/checkpoints whose manifest can be read; not collective."""
-    for path in committed(folder):
+    """Return the newest checkpoint of RUN_DIR/checkpoints by what is seen without reading its files; not collective.
+
+    CheckpointError if there are only ones that are seen to be damaged.
+    """
+    paths = committed(folder)
+    for path in paths:
         try:
-            read_manifest(path)
-        except CheckpointError:
-            continue  # `find` says so
-        return path
+            problem = _misfit(path, read_manifest(path))
+        except (CheckpointError, OSError) as e:
+            problem = str(e)
+        if not problem:
+            return path
+        log.info("passing over a damaged checkpoint: %s", problem)
+    if paths:
+        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start over")
     return None
 
 
@@ -140,28 +148,38 @@ def damage(path: Path, busy: Callable[[], None] = _idle) -> str:
     try:
         manifest = read_manifest(path)
         files = manifest["files"]
-        extra = sorted(found.name for found in path.glob(PATTERN) if found.name not in files)
-        if "digest" not in manifest:
-            problem = f"{path / MANIFEST} has no digest of itself"
-        elif _is_step(path) and step_of(path) != manifest["step"]:
-            problem = f"{path / MANIFEST} is that of step {manifest['step']}"
-        elif extra:
-            problem = f"{path / extra[0]} is not of this checkpoint: its manifest does not name it"
-        else:
-            problem = damaged_file(path, {name: files[name] for name in _own_share(sorted(files))}, busy)
+        problem = _misfit(path, manifest)
+        problem = problem or damaged_file(path, {name: files[name] for name in _own_share(sorted(files))}, busy)
     except (CheckpointError, OSError) as e:
         problem = str(e)
     return next((p for p in distributed.gather(problem) if p), "")
+
+
+def _misfit(path: Path, manifest: Mapping[str, Any]) -> str:
+    """Return what does not go together in a checkpoint, as far as names and sizes tell, or ""."""
+    files = manifest["files"]
+    if "digest" not in manifest:
+        return f"{path / MANIFEST} has no digest of itself"
+    if _is_step(path) and step_of(path) != manifest["step"]:
+        return f"{path / MANIFEST} is that of step {manifest['step']}"
+    if extra := sorted(found.name for found in path.glob(PATTERN) if found.name not in files):
+        return f"{path / extra[0]} is not of this checkpoint: its manifest does not name it"
+    return next((wrong for name, (size, _) in files.items() if (wrong := _missized(path / name, size))), "")
+
+
+def _missized(file: Path, size: int) -> str:
+    if not file.is_file():
+        return f"{file} is missing"
+    found = file.stat().st_size
+    return "" if found == size else f"{file} has {found} bytes instead of {size}"
 
 
 def damaged_file(path: Path, files: Mapping[str, tuple[int, str]], busy: Callable[[], None] = _idle) -> str:
     """Return what is wrong with the first file of a checkpoint that is not as its manifest's entry says, or ""."""
     for name, (size, digest) in files.items():
         file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes instead of {size}"
+        if wrong := _missized(file, size):
+            return wrong
         if sha256(file, busy=busy) != digest:
             return f"{file} has another SHA-256 than its manifest says"
     return ""

@@ -6,9 +6,13 @@ one sum over the ranks tells all of them. Imports nothing heavy, so that signals
 
 import os
 import signal
+import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "STOP"
@@ -23,7 +27,7 @@ class Control:
         self.reason = ""  # to stop; empty = go on
         self.by_person = False  # who does not want it to come back by itself
         self.running = False  # once the ranks work together, they stop together
-        self._signals = 0
+        self._signals = Counter[int]()
         self._looked = 0.0
 
     def listen(self) -> None:
@@ -51,14 +55,14 @@ class Control:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        self._signals += 1
+        self._signals[number] += 1
         if not self.running:
             _say(f"stopped by {name} before the start; there is nothing to save")
             os._exit(75)
-        if self._signals == 1:
+        if self._signals.total() == 1:
             self.stop(name, by_person=number == signal.SIGINT)
-            _say(f"{name}: stopping after this step, with a checkpoint; a third signal ends without one")
-        elif self._signals > 2:
+            _say(f"{name}: stopping after this step, with a checkpoint; a third one ends it without")
+        elif self._signals[number] > 2:  # SLURM sends SIGTERM twice
             _say(f"{name}: ended without saving; what was saved before is intact")
             os._exit(1)
 
@@ -66,4 +70,40 @@ class Control:
 def _say(text: str) -> None:
     """Print from a signal handler, where logging could wait for itself; rank 0 speaks for all that were told."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        os.write(2, f"{text}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+
+class Unbroken:
+    """A stream that outlives its reader: when that is gone, `control` is asked to stop, and what is written is lost."""
+
+    def __init__(self, stream: TextIO, control: Control) -> None:
+        self._stream, self._control = stream, control
+
+    def write(self, text: str) -> int:
+        """Write, if anybody reads."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._lost()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody reads."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._lost()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _lost(self) -> None:
+        self._control.stop("nobody reads its output any more")
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def outlive_readers(control: Control) -> None:
+    """Let this process go on when what reads its stdout or stderr, a launcher or a pager, is gone."""
+    sys.stdout, sys.stderr = (Unbroken(stream, control) for stream in (sys.stdout, sys.stderr))

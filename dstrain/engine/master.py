@@ -217,7 +217,7 @@ class Master:
                 found = dict[str, Tensor]()
                 for f in group.fragments:
                     busy()
-                    for kind in saved.kinds if f.size else ():
+                    for kind in sorted(saved.kinds) if f.size else ():  # in this order they are saved again
                         if not saved.has(kind, f.name) or (kind == "ema" and not self.average):
                             continue
                         values = saved.read(kind, f.name, f.start, f.start + f.size)

@@ -26,7 +26,7 @@ from dstrain.engine.state import Piece, file_name, write_state
 from dstrain.errors import CheckpointError, DstrainError
 from dstrain.storage import make_folder, write_json
 
-GIB = 2**30
+MIB = 2**20
 log = logging.getLogger(__name__)
 
 
@@ -149,16 +149,15 @@ class Saver:
             distributed.barrier()  # all ranks leave after the clean-up
             raise CheckpointError(
                 f"{self._folder / checkpoint.name(step)}: not saved ({'; '.join(errors[:4])}); older checkpoints are"
-                f" intact; one takes {self._need / GIB:.3f} GiB, and {_free(self._folder) / GIB:.3f} GiB are free there"
+                f" intact; one takes {self._need / MIB:,.1f} MiB, and {_free(self._folder) / MIB:,.1f} MiB are free"
             )
         return [r for r, _ in gathered]
 
     def _check_space(self) -> None:
         need = self._need + self._need // 50 + (1 << 20)  # headers, the manifest, and what the file system takes
-        if need > (free := _free(self._folder)):
+        if need > _free(self._folder):
             raise CheckpointError(
-                f"No space left: the checkpoint takes {need / GIB:.3f} GiB and {free / GIB:.3f} GiB are free; make"
-                " room, or lower train.keep_checkpoints"
+                f"No space left: it takes {need / MIB:,.1f} MiB with the least room to spare; delete something there"
             )
 
     def _retire(self, step: int) -> None:

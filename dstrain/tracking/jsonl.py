@@ -98,7 +98,7 @@ def _cut_back(path: Path, first_step: int) -> None:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 

@@ -7,7 +7,6 @@ import pytest
 from faulty_runs import FaultyRun, assert_same_run, losses, rows, run_faulty, saved
 from small_runs import prepare_run
 
-from dstrain.engine.checkpoint import committed
 from dstrain.engine.state import State
 
 pytestmark = pytest.mark.dist
@@ -86,23 +85,22 @@ def test_a_spike_is_undone_its_data_left_out_and_a_kill_amid_it_changes_nothing(
         guard={"spikes": "skip", "skip_steps": 2},
         ema={"decay": 0.9},
     )
-    spike = [{"at": "loss", "do": "spike", "step": 62, "rank": r, "once": str(tmp_path / f"spike{r}")} for r in (0, 1)]
     straight, killed = tmp_path / "run", tmp_path / "killed"
-    output = run_faulty(recipe, faults=spike)
-    assert f"back to {committed(straight / 'checkpoints')[0].parent}/step-00000060" in output, output[-4000:]
+
+    def spike(first_step: int) -> list[dict]:
+        """The batch of step 62 is the culprit, wherever the process began, and not the one that takes its place."""
+        return [{"at": "loss", "do": "spike", "step": 62, "nth": 63 - first_step}]
+
+    output = run_faulty(recipe, faults=spike(0))
+    assert f"back to {straight / 'checkpoints'}/step-00000060" in output, output[-4000:]
     assert [event["step"] for event in events(straight)] == [62]
-    for fault in spike:
-        fault["once"] += "-again"
-    kill = {
-        "at": "step",
-        "do": "kill",
-        "rank": 1,
-        "step": 63,
-        "nth": 67,
-    }  # after it has gone back: 63 steps, then 60 to 63
-    with FaultyRun(recipe, f"run_dir={killed}", faults=[*spike, kill]) as run:
-        assert 0 not in run.ends(120), run.output[-4000:]
+    assert {row["micro_steps"] for row in rows(straight)} == {1}, "so the n-th loss is that of the n-th step"
+    assert list(losses(straight)) == list(range(70))
+    kill = {"at": "step", "do": "kill", "rank": 1, "nth": 63 + 4}  # after it has gone back to 60, in step 63
+    with FaultyRun(recipe, f"run_dir={killed}", faults=[*spike(0), kill]) as run:
+        assert 0 not in run.ends(), run.output[-4000:]
         assert "back to " in run.output
-    run_faulty(recipe, f"run_dir={killed}")
-    assert list(losses(killed)) == list(range(70))
+    assert saved(killed)[0] == 60
+    output = run_faulty(recipe, f"run_dir={killed}", faults=spike(60))
+    assert "back to " in output
     assert_same_run(killed, straight)

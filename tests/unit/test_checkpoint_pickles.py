@@ -195,7 +195,6 @@ def test_lists_of_the_run(payload, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
-@pytest.mark.xfail(raises=UnicodeDecodeError, strict=False, reason="bytes that are not UTF-8 get through untyped")
 def test_bad_samples(payload, tmp_path):
     (tmp_path / "bad_samples.jsonl").write_bytes(payload + b"\n")
     assert read_quarantine(tmp_path / "bad_samples.jsonl") == {}

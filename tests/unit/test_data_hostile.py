@@ -288,7 +288,7 @@ PAX_SIZE = b"28 size=99999999999999999\n"
         b"\0",
         END,
         *(random.Random(seed).randbytes(length) for seed, length in enumerate([1, 511, 512, 513, 10240, 99999])),
-        gzip.compress(b"x" * 10240),
+        gzip.compress(b"x" * 10240, mtime=0),
         b"\xff" * 10240,
         header(),
         header() + END,
