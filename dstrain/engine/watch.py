@@ -166,8 +166,8 @@ class Watch:
                     self._end([0], self._named([0], "no longer answers"))
                 return
             self._heard = time.monotonic()
-            if verdict:
-                self._end(*verdict)
+            if verdict:  # rank 0 keeps the store until all have heard it, and who hangs has time to show where
+                self._end(*verdict, pause=self._interval + 0.5)
 
     def _forgive(self, passed: float) -> None:
         """If this process itself was stopped for a while, and goes on now, begin anew instead of judging the others."""
@@ -222,8 +222,9 @@ class Watch:
         more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
         return ", ".join(f"rank {r} ({self._processes[r]})" for r in ranks[:4]) + f"{more} {what}"
 
-    def _end(self, culprits: list[int], message: str) -> NoReturn:
+    def _end(self, culprits: list[int], message: str, pause: float = 0.0) -> NoReturn:
         """End this process, after saying why, and stopped ones of this host, which cannot end themselves."""
+        self._left.set()  # that others end now is no news
         others = [r for r in range(self._size) if r not in culprits]
         if self._rank == min(others, default=0):
             log.error(
@@ -232,6 +233,7 @@ class Watch:
             )
         if self._rank in culprits or not others or self._rank == others[0]:
             faulthandler.dump_traceback(sys.__stderr__ or 2)
+        time.sleep(pause)
         for process in (self._processes[r] for r in culprits if r != self._rank):
             if process.is_here and process.alive:
                 os.kill(process.pid, signal.SIGKILL)

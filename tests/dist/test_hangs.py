@@ -56,7 +56,8 @@ def test_a_rank_that_is_stopped_is_named(whole, tmp_path, rank, place):
     assert seconds > 60 * MINUTES - 1
     assert f"rank {rank} (process {pid} on " in output, output[-4000:]
     assert f"rank {1 - rank} (process" not in output
-    assert "the last checkpoint is intact, and the same command continues" in output
+    assert output.count("dstrain: error: ") == 1
+    assert "what was saved is intact, and the same command continues" in output
     run_faulty(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
@@ -71,6 +72,7 @@ def test_a_rank_that_sleeps_is_named_as_the_one_that_is_waited_for(whole, tmp_pa
         pid, output = run.rank(rank), run.output
     assert f"all wait for rank {rank} (process {pid} on " in output, output[-4000:]
     assert "which is at: step 3, its data" in output
+    assert output.count("dstrain: error: ") == 1
     assert "in reach" in output, "a traceback shows where it hangs"
     run_faulty(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
