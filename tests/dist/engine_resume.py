@@ -70,22 +70,27 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def resume(cases: dict[str, tuple[dict, bool, str]], tmp: str) -> dict[str, tuple[bool, bool]]:
-    """Whether steps 2 and 3 have the same bits after a restart, and so have weights, moments and averages."""
+def resume(cases: dict[str, tuple[dict, bool, str]], tmp: str) -> dict[str, list[tuple[bool, bool]]]:
+    """After restarts at steps 1 and 2: whether the steps up to 4 have the same bits, and so weights, moments, averages."""
     world = distributed.start()
     results = {}
     for name, (ds, bf16, what) in cases.items():
         folder = Path(tmp) / name
         engine = build(ds, bf16, world, what)
-        steps(engine, 0, 2, world)
-        path = save(engine, folder, 2, keep=3)
-        straight = steps(engine, 2, 4, world)
-        end = everything(save(engine, folder, 4, keep=3))
-        assert checkpoint.damage(path) == ""
-        other = build(ds, bf16, world, what, saved=path)
-        again = steps(other, 2, 4, world)
-        same = everything(save(other, folder, 5, keep=3))
-        results[name] = again == straight, end.keys() == same.keys() and all(torch.equal(end[k], same[k]) for k in end)
+        rows, saved = [], {}
+        for step in range(4):
+            rows += steps(engine, step, step + 1, world)
+            if step < 2:
+                saved[step + 1] = save(engine, folder, step + 1, keep=9)
+        end = everything(save(engine, folder, 4, keep=9))
+        results[name] = []
+        for step, path in saved.items():
+            assert checkpoint.damage(path) == ""
+            other = build(ds, bf16, world, what, saved=path)
+            again = steps(other, step, 4, world)
+            same = everything(save(other, folder, 4 + step, keep=9))
+            equal = end.keys() == same.keys() and all(torch.equal(end[k], same[k]) for k in end)
+            results[name].append((again == rows[2 * step :], equal))
     return results
 
 

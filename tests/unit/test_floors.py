@@ -11,8 +11,8 @@ FLOORS = {
     "kernels": 1, "models": 1, "objectives": 1,
     "pipelines": 2, "data": 2,
     "engine": 3, "tracking": 3,
-    "trainer": 4, "diagnosis": 4, "guards": 4, "saves": 4, "starting": 4, "incidents": 4, "agreement": 4, "job": 4, "continuation": 4,
-    "painting": 4, "announce": 4, "checks": 4, "encoding": 4,
+    "trainer": 4, "diagnosis": 4, "guards": 4, "saves": 4, "starting": 4, "incidents": 4, "agreement": 4,
+    "job": 4, "continuation": 4, "painting": 4, "announce": 4, "checks": 4, "encoding": 4,
     "cli": 5, "commands": 5,
 }  # fmt: skip
 ONLY_UNDER = {
