@@ -1,17 +1,18 @@
 """Wishes to stop: signals, a STOP file, a time limit, a launcher that is gone. Seen by one rank, agreed by all.
 
-Nothing happens in a signal handler but that the wish is noted; the trainer looks at it at the end of each step, where
-one sum over the ranks tells all of them. Imports nothing heavy, so that signals are caught from the start.
+A thread notes the wish, since a handler waits for the main thread, and that may wait for other ranks; the trainer looks
+at it at the end of each step, where one sum over the ranks tells all of them. Imports nothing heavy, so that signals
+are caught from the start.
 """
 
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -32,9 +33,13 @@ class Control:
 
     def listen(self) -> None:
         """Note SIGTERM, SIGUSR1, SIGINT and SIGHUP from now on; the third ends the process without saving."""
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
-                signal.signal(number, self._on_signal)
+                signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._hear, args=(heard,), name="dstrain-signals", daemon=True).start()
 
     def stop(self, reason: str, *, by_person: bool = False) -> None:
         """Ask for a stop."""
@@ -53,7 +58,12 @@ class Control:
         if self.by_person and (hold := os.environ.get(HOLD_VARIABLE)):
             Path(hold).touch()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, heard: int) -> None:
+        while number := os.read(heard, 1):
+            if number[0] in SIGNALS:
+                self._on_signal(number[0])
+
+    def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
         self._signals[number] += 1
         if not self.running:
@@ -68,7 +78,7 @@ class Control:
 
 
 def _say(text: str) -> None:
-    """Print from a signal handler, where logging could wait for itself; rank 0 speaks for all that were told."""
+    """Print at once, where logging could wait for the main thread; rank 0 speaks for all that were told."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         with suppress(OSError):
             os.write(2, f"{text}\n".encode())

@@ -137,6 +137,8 @@ class Watch:
         """Say which processes of this host have gone without a word, "" if none has; takes some seconds."""
         end = time.monotonic() + GRACE
         while time.monotonic() < end:
+            if self._left.is_set():  # another thread has said why all end, and ends this process
+                time.sleep(self._interval + GRACE)
             if gone := self._gone():
                 return self._named(gone, "is gone: it was killed or has crashed")
             time.sleep(0.1)
@@ -167,7 +169,8 @@ class Watch:
                 return
             self._heard = time.monotonic()
             if verdict:  # rank 0 keeps the store until all have heard it, and who hangs has time to show where
-                self._end(*verdict, pause=self._interval + 0.5)
+                culprits, message = verdict
+                self._end(culprits, message, self._interval + 0.5)
 
     def _forgive(self, passed: float) -> None:
         """If this process itself was stopped for a while, and goes on now, begin anew instead of judging the others."""

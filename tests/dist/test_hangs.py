@@ -49,8 +49,10 @@ def test_a_rank_that_is_stopped_is_named(whole, tmp_path, rank, place):
     recipe, undisturbed = whole
     run_dir, there = tmp_path / "run", tmp_path / "there"
     fault = {"at": place, "do": "stop", "rank": rank, "once": str(there)}
-    fault |= {"nth": 2} if place == "barrier" else {"step": 4}  # the watch itself begins with the first barrier
-    with FaultyRun(recipe, f"run_dir={run_dir}", QUICK, faults=[fault], launcher="bare") as run:
+    faults = [fault | ({"nth": 2} if place == "barrier" else {"step": 4})]  # the watch begins with the first barrier
+    if place == "barrier":  # the second comes after a save that has failed
+        faults.append({"at": "write", "do": "ENOSPC", "rank": 1, "nth": 10})
+    with FaultyRun(recipe, f"run_dir={run_dir}", QUICK, faults=faults) as run:
         seconds = ends_after(run, there, run_dir)
         pid, output = run.rank(rank), run.output
     assert seconds > 60 * MINUTES - 1

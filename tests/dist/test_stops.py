@@ -88,18 +88,18 @@ def test_a_second_signal_is_ignored_and_a_third_ends_without_saving(whole, tmp_p
     recipe, undisturbed = whole
     run_dir, there = tmp_path / "run", tmp_path / "there"
     # Of the second checkpoint: it begins with the first signal, after a step that does not save by itself.
-    slow_save = {"at": "save", "do": "sleep", "seconds": 6, "nth": 2, "rank": 1, "once": str(there)}
+    slow_save = {"at": "save", "do": "sleep", "seconds": 60, "nth": 2, "rank": 1, "once": str(there)}
     with FaultyRun(recipe, f"run_dir={run_dir}", faults=[SLOW, slow_save]) as run:
         run.until_step(run_dir, 3)
-        run.send(signal.SIGUSR1, 0, 1)
-        run.until(there.exists)
+        run.send(signal.SIGTERM, 0, 1)
+        run.until(there.exists)  # rank 0 waits for rank 1 in a collective now, and no handler of its main thread runs
         run.send(signal.SIGTERM, 0, 1)
         time.sleep(1)
         assert len(run.alive()) == 2, "the second signal has ended it"
         run.send(signal.SIGTERM, 0, 1)
         codes, output = run.ends(5), run.output
     assert codes == [1, 1]
-    assert "ended without saving; the last checkpoint is intact" in output
+    assert "SIGTERM: ended without saving; what was saved before is intact" in output
     assert saved(run_dir) == [3]
     run_faulty(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
@@ -132,8 +132,8 @@ def test_no_rank_outlives_its_launcher(whole, tmp_path, launcher, word, number):
 def test_two_runs_cannot_have_one_folder(whole, tmp_path):
     recipe, _ = whole
     run_dir = tmp_path / "run"
-    with FaultyRun(recipe, f"run_dir={run_dir}", faults=[SLOW]) as run:
-        run.until_step(run_dir, 1)
+    with FaultyRun(recipe, f"run_dir={run_dir}", faults=[{**SLOW, "seconds": 5}]) as run:
+        run.until_step(run_dir, 0)
         holder = run.rank(0)
         output = run_faulty(recipe, f"run_dir={run_dir}", code=2)
         assert len(run.alive()) == 2, "the first run goes on"
