@@ -37,7 +37,7 @@ class Control:
         os.set_blocking(told, False)
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means to outlive it
                 signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._hear, args=(heard,), name="dstrain-signals", daemon=True).start()
 

@@ -55,6 +55,7 @@ class Saver:
         self._background = "off" if master.is_on_disk else background
         self._copy: _Copy | None = None
         self._write: _Write | None = None
+        self._retiring: threading.Thread | None = None  # removing what is old takes a while
         self._need = 0  # bytes of a checkpoint
 
     @property
@@ -96,6 +97,7 @@ class Saver:
 
         def prepare() -> None:
             if distributed.is_main():
+                self.finish()
                 checkpoint.sweep(self._folder)
                 self._check_space()
                 make_folder(partial)
@@ -125,15 +127,23 @@ class Saver:
             manifest = {**write.facts, "format": checkpoint.FORMAT, "step": write.step, "files": files}
             write_json(write.partial / checkpoint.MANIFEST, checkpoint.sealed(manifest))
             checkpoint.publish(write.partial, final)
-            self._retire(write.step)
 
         self._together(write.step, publish if distributed.is_main() else None)
+        if distributed.is_main() and write.copied:
+            self._retiring = threading.Thread(
+                target=self._retire, args=(write.step,), name="dstrain-retire", daemon=True
+            )
+            self._retiring.start()
+        elif distributed.is_main():
+            self._retire(write.step)
         return final
 
     def finish(self) -> None:
-        """Wait for the thread, without publishing what it writes."""
+        """Wait for the threads, without publishing what is written."""
         if self._write is not None:
             self._write.thread.join()
+        if self._retiring is not None:
+            self._retiring.join()
 
     def _together(self, step: int, work: Callable[[], Any] | None) -> list[Any]:
         """Do a part of the work, and stop on all ranks if it failed on one; returns what each rank's gave."""
@@ -161,7 +171,11 @@ class Saver:
             )
 
     def _retire(self, step: int) -> None:
-        older = [p for p in checkpoint.committed(self._folder) if checkpoint.step_of(p) < step]
+        try:
+            older = [p for p in checkpoint.committed(self._folder) if checkpoint.step_of(p) < step]
+        except CheckpointError as e:
+            log.warning("old checkpoints stay: %s", e)
+            return
         kept = {p for p in older if self._keep_every and checkpoint.step_of(p) % self._keep_every == 0}
         if self._regular and step % self._regular:
             kept |= set([p for p in older if checkpoint.step_of(p) % self._regular == 0][:1])

@@ -56,7 +56,9 @@ class Held:
 def save(run: Path, step: int, world: int = 1, rank: int = 0, **options: Any) -> Path:
     saver = Saver(Held(step, rank, world), run / "checkpoints", **options)
     saver.begin(step, {"guards": {"x": 0.5}})
-    return saver.commit()
+    path = saver.commit()
+    saver.finish()  # what is old is removed beside the training
+    return path
 
 
 def start(run: Path) -> int:
