@@ -51,7 +51,7 @@ def test_a_save_that_fails_is_borne_and_the_next_one_works(whole, tmp_path, name
     assert there.exists()
     assert output.count("The training goes on, and will save again in its turn") == 1
     assert "step-00000001: not saved (rank 1: " in output
-    assert "are free there" in output
+    assert "MiB are free" in output
     assert saved(run_dir) == [8, 7]
     assert not list((run_dir / "checkpoints").glob(".*"))
     assert_same_run(run_dir, undisturbed)
