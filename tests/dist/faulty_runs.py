@@ -112,6 +112,8 @@ class FaultyRun:
         if self._ranks:
             return {pid: "launch/train.py" for r, pid in enumerate(self._ranks) if not self._code(r).exists()}
         found = {}
+        if self._launcher and self._launcher.poll() is None:
+            found[self._launcher.pid] = ""  # it has no environment yet in the moment after its start
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if f"{TAG}={self._tag}".encode() in (folder / "environ").read_bytes().split(b"\0"):
