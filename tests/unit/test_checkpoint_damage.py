@@ -230,7 +230,8 @@ def test_a_checkpoint_without_a_manifest_is_not_nothing(base, tmp_path):
         (path / checkpoint.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
         alone(start, tmp_path / "run")
-    assert checkpoint.newest(tmp_path / "run/checkpoints") is None
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
+        checkpoint.newest(tmp_path / "run/checkpoints")  # what a dry run asks for
 
 
 def test_checkpoints_that_cannot_be_listed_are_not_nothing(tmp_path):
