@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstrain import launched
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,7 +50,7 @@ def _plan(text: str) -> list[dict[str, Any]]:
 
 
 def _is_due(fault: dict[str, Any], point: str, step: int | None) -> bool:
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = launched.rank()
     return (
         fault["at"] == point
         and fault.get("rank", rank) == rank

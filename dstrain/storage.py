@@ -119,13 +119,17 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def idle() -> None:
+    """Do nothing: what long work calls again and again if nobody wants to know that it goes on."""
+
+
 def append_json_line(path: Path, row: Any) -> None:
     """Add a line of JSON to a file that is made if it is missing."""
     with path.open("a") as f:
         f.write(json.dumps(row) + "\n")
 
 
-def sha256(path: Path, chunk: int = 1 << 22, busy: Callable[[], None] = lambda: None) -> str:
+def sha256(path: Path, chunk: int = 1 << 22, busy: Callable[[], None] = idle) -> str:
     """Return the hex SHA-256 of a file, read in pieces of `chunk` bytes; `busy` is called after each."""
     digest = hashlib.sha256()
     with path.open("rb") as f:

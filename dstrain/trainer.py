@@ -20,7 +20,7 @@ from dstrain.data.loader import Pack
 from dstrain.data.policy import Bad
 from dstrain.data.sample import Sample
 from dstrain.engine import checkpoint, distributed
-from dstrain.engine.control import STOP_FILE, Control
+from dstrain.engine.control import Control
 from dstrain.engine.distributed import World
 from dstrain.engine.export import Read, export, open_base, open_checkpoint
 from dstrain.engine.lr import lr_factor
@@ -104,7 +104,7 @@ class Trainer:
             export(state, folder, lambda: open_base(self.pipeline, recipe.model.init, recipe.seed))
             log.info("exported to %s (%s)", folder, "LoRA files" if recipe.lora.rank else "diffusers layout")
         if self.world.is_main:
-            (self.run_dir / STOP_FILE).unlink(missing_ok=True)  # it came too late to stop anything
+            self.control.forget(self.run_dir)  # a STOP file that came too late
         return True
 
     def _heard(self, read: Read) -> Read:
@@ -134,12 +134,11 @@ class Trainer:
             with logging_redirect_tqdm():
                 while step < steps:
                     try:
-                        taken = self.train_step(step)
+                        stats, wishes, spike = self.train_step(step)
                     except _DataStop:
                         if step > self.first_step:  # all ranks are here, and the weights are those before the step
                             self._save(step, last=True)
                         raise
-                    stats, wishes, spike = taken
                     self.control.by_person |= wishes.by_person
                     self.tracker.log(step, stats)
                     bar.set_postfix(loss=f"{stats['loss']:.4f}", refresh=False)

@@ -8,7 +8,6 @@ usable.
 
 import argparse
 import logging
-import os
 import sys
 import textwrap
 import warnings
@@ -16,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dstrain import launched
 from dstrain.config import Recipe, load_recipe
 from dstrain.engine.control import Control, outlive_readers
 from dstrain.errors import DstrainError, TrainingHalted
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     control.listen()
     outlive_readers(control)
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls names that torch has renamed
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = launched.rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         world = distributed.start()
     except DstrainError as e:  # all ranks of a node find the same
-        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+        if launched.local_rank() == 0:
             log.error("dstrain: error: %s", e)
         return 2
     return train(job, world, control, args.resume, accepted)

@@ -57,13 +57,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _checkpoint(source: Path) -> Path | None:
     """Return the checkpoint folder that `source` names, or None if it is a LoRA."""
-    from dstrain.engine.checkpoint import MANIFEST, step_of
+    from dstrain.engine.checkpoint import MANIFEST, committed, step_of
 
     if (source / MANIFEST).is_file():
         return source
-    found = [m.parent for folder in (source, source / "checkpoints") for m in folder.glob(f"step-*/{MANIFEST}")]
-    found = [path for path in found if path.name.removeprefix("step-").isdecimal()]
-    if found:
+    folders = (source, source / "checkpoints") if source.is_dir() else ()
+    if found := [path for folder in folders for path in committed(folder) if (path / MANIFEST).is_file()]:
         return max(found, key=step_of)
     if source.is_file() or any(not p.name.startswith("rank-") for p in source.glob("*.safetensors")):
         return None

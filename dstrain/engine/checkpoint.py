@@ -17,17 +17,13 @@ from typing import Any, TypeVar
 from dstrain.engine import distributed
 from dstrain.engine.state import PATTERN
 from dstrain.errors import CheckpointError, DstrainError
-from dstrain.storage import move, remove, sha256
+from dstrain.storage import idle, move, remove, sha256
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 2
 MAX_MANIFEST = 64 << 20  # bytes; real ones have some thousand
 T = TypeVar("T")
-
-
-def _idle() -> None:
-    pass
 
 
 def name(step: int) -> str:
@@ -84,7 +80,7 @@ def discard(path: Path) -> None:
     remove(trash)
 
 
-def find(folder: Path, busy: Callable[[], None] = _idle, every: int = 1) -> Path | None:
+def find(folder: Path, busy: Callable[[], None] = idle, every: int = 1) -> Path | None:
     """Return the newest undamaged checkpoint of a run, or None if there are none; collective.
 
     every: only of multiples of so many steps. busy: called again and again while files are read.
@@ -93,15 +89,8 @@ def find(folder: Path, busy: Callable[[], None] = _idle, every: int = 1) -> Path
     starting over in silence.
     """
     paths = _on_main(lambda: [path for path in committed(folder) if step_of(path) % every == 0])
-    for path in paths:
-        problem = damage(path, busy)
-        if not problem:
-            return path
-        if distributed.is_main():
-            log.warning("PASSING OVER a damaged checkpoint: %s; trying the one before", problem)
-    if paths:
-        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start over")
-    return None
+    say = log.warning if distributed.is_main() else log.debug
+    return _first_good(folder, paths, lambda path: damage(path, busy), say)
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
@@ -129,21 +118,30 @@ def newest(folder: Path) -> Path | None:
 
     CheckpointError if there are only ones that are seen to be damaged.
     """
-    paths = committed(folder)
+    return _first_good(folder, committed(folder), _seen_damage, log.info)
+
+
+def _first_good(
+    folder: Path, paths: list[Path], problem_of: Callable[[Path], str], say: Callable[[str, str], None]
+) -> Path | None:
+    """Return the first of `paths` without a problem, None if there are none; CheckpointError if all have one."""
     for path in paths:
-        try:
-            problem = _misfit(path, read_manifest(path))
-        except (CheckpointError, OSError) as e:
-            problem = str(e)
-        if not problem:
+        if not (problem := problem_of(path)):
             return path
-        log.info("passing over a damaged checkpoint: %s", problem)
+        say("PASSING OVER a damaged checkpoint: %s; trying the one before", problem)
     if paths:
         raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start over")
     return None
 
 
-def damage(path: Path, busy: Callable[[], None] = _idle) -> str:
+def _seen_damage(path: Path) -> str:
+    try:
+        return _misfit(path, read_manifest(path))
+    except (CheckpointError, OSError) as e:
+        return str(e)
+
+
+def damage(path: Path, busy: Callable[[], None] = idle) -> str:
     """Return what is wrong with a checkpoint, or ""; collective, each rank digests its share of the files."""
     try:
         manifest = read_manifest(path)
@@ -174,7 +172,7 @@ def _missized(file: Path, size: int) -> str:
     return "" if found == size else f"{file} has {found} bytes instead of {size}"
 
 
-def damaged_file(path: Path, files: Mapping[str, tuple[int, str]], busy: Callable[[], None] = _idle) -> str:
+def damaged_file(path: Path, files: Mapping[str, tuple[int, str]], busy: Callable[[], None] = idle) -> str:
     """Return what is wrong with the first file of a checkpoint that is not as its manifest's entry says, or ""."""
     for name, (size, digest) in files.items():
         file = path / name

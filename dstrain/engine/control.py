@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from dstrain import launched
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "STOP"
 HOLD_VARIABLE = "DSTRAIN_HOLD_FILE"  # a file that says that a person has stopped the run, not the machine
@@ -54,9 +56,13 @@ class Control:
 
     def obeyed(self, run_dir: Path) -> None:
         """Take away the STOP file, and tell a batch script if a person wanted the stop; by one rank."""
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        self.forget(run_dir)
         if self.by_person and (hold := os.environ.get(HOLD_VARIABLE)):
             Path(hold).touch()
+
+    def forget(self, run_dir: Path) -> None:
+        """Take away a STOP file that there is no need to obey any more; by one rank."""
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
 
     def _hear(self, heard: int) -> None:
         while number := os.read(heard, 1):
@@ -79,7 +85,7 @@ class Control:
 
 def _say(text: str) -> None:
     """Print at once, where logging could wait for the main thread; rank 0 speaks for all that were told."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if launched.rank() == 0:
         with suppress(OSError):
             os.write(2, f"{text}\n".encode())
 

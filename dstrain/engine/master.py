@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dstrain.engine import moments
 from dstrain.engine.state import Piece, State
+from dstrain.storage import idle
 
 Names = Mapping[int, str]  # of parameters, by id
 
@@ -205,7 +206,7 @@ class Master:
                     yield {kind: tensor[first:last] for kind, tensor in found.items()}
 
     @torch.no_grad()
-    def restore(self, saved: State, *, publish: bool = False, busy: Callable[[], None] = lambda: None) -> None:
+    def restore(self, saved: State, *, publish: bool = False, busy: Callable[[], None] = idle) -> None:
         """Take fp32 weights, moments and average from a checkpoint.
 
         What the model computes with must be there already, or is brought there with `publish`, which is collective.

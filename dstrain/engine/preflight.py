@@ -26,6 +26,7 @@ import torch.distributed as dist
 from dstrain import faults
 from dstrain.engine import health
 from dstrain.engine.distributed import environment_world
+from dstrain.engine.processes import Stat
 from dstrain.errors import ConfigError
 from dstrain.storage import write_atomic
 
@@ -286,10 +287,7 @@ class _Worker:
 
 def _stuck(pid: int | None) -> str:
     """Say why a process does not run, as far as Linux knows: stopped, or waiting for a device; "" if it does."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
+    state = Stat.of(pid).state if pid else ""
     return {"T": "its process is stopped", "D": "its process waits for a device"}.get(state, "")
 
 

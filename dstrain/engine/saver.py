@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from dstrain.engine.host_memory import available_memory
 from dstrain.engine.master import Master
 from dstrain.engine.state import Piece, file_name, write_state
 from dstrain.errors import CheckpointError, DstrainError
-from dstrain.storage import make_folder, write_json
+from dstrain.storage import idle, make_folder, write_json
 
 MIB = 2**20
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Saver:
     regular: of its multiples the newest is kept as well; it is the one that a run goes back to.
     background: "on" and "auto" write beside the training; "auto" only where every node has memory for the copy.
     busy: called again and again while a file is written, from the thread that does.
-    `begin` and `commit` are collective, and so is `finish`.
+    `begin` and `commit` are collective.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Saver:
         keep_every: int = 0,
         regular: int = 0,
         background: Literal["auto", "on", "off"] = "off",
-        busy: Callable[[], None] = lambda: None,
+        busy: Callable[[], None] = idle,
     ) -> None:
         self._master, self._folder, self._busy = master, folder, busy
         self._keep, self._keep_every, self._regular = keep, keep_every, regular
@@ -88,8 +89,9 @@ class Saver:
         size = sum(p.size * dtype.itemsize for p in pieces for dtype in p.kinds.values())
         # Page-locked memory is taken by powers of two.
         room = 1 << (size - 1).bit_length() if torch.cuda.is_available() and size else size
-        needs = distributed.gather((size, room, socket.gethostname(), available_memory(), self._copy is not None))
-        self._need = sum(need[0] for need in needs)
+        room = 0 if self._copy else room
+        needs = distributed.gather(_Need(size, room, socket.gethostname(), available_memory()))
+        self._need = sum(need.size for need in needs)
         background = self._background != "off" and (self._background == "on" or _has_room(needs))
         if not background and self._background == "auto":
             log.info("checkpoints are written while the training waits: the host has no memory for a copy of the state")
@@ -176,9 +178,9 @@ class Saver:
         except CheckpointError as e:
             log.warning("old checkpoints stay: %s", e)
             return
-        kept = {p for p in older if self._keep_every and checkpoint.step_of(p) % self._keep_every == 0}
+        kept = [p for p in older if self._keep_every and checkpoint.step_of(p) % self._keep_every == 0]
         if self._regular and step % self._regular:
-            kept |= set([p for p in older if checkpoint.step_of(p) % self._regular == 0][:1])
+            kept += [p for p in older if checkpoint.step_of(p) % self._regular == 0][:1]
         for path in older[self._keep - 1 :]:
             if path not in kept:
                 checkpoint.retire(path)
@@ -277,12 +279,22 @@ class _Copy:
                 buffer.copy_(found[kind], non_blocking=True)
 
 
-def _has_room(needs: list[tuple[int, int, str, float, bool]]) -> bool:
+@dataclass(frozen=True)
+class _Need:
+    """What a rank needs for a save: bytes of its file, of memory for a copy that it does not have yet, and where."""
+
+    size: int
+    room: int
+    host: str
+    free: float  # bytes of memory
+
+
+def _has_room(needs: list[_Need]) -> bool:
     """Whether each host has memory for the copies of its ranks, and a tenth of that to spare."""
-    hosts = {host for _, _, host, _, _ in needs}
-    for host in hosts:
-        mine = [(room, free) for _, room, where, free, has_copy in needs if where == host and not has_copy]
-        if mine and 1.1 * sum(room for room, _ in mine) > min(free for _, free in mine):
+    for host in {need.host for need in needs}:
+        mine = [need for need in needs if need.host == host]
+        wanted = sum(need.room for need in mine)
+        if wanted and 1.1 * wanted > min(need.free for need in mine if need.room):
             return False
     return True
 

@@ -10,56 +10,23 @@ import faulthandler
 import json
 import logging
 import os
-import re
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache
-from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from dstrain.engine import distributed
+from dstrain.engine.processes import Process, launchers
 
 log = logging.getLogger(__name__)
 GRACE = 3.0  # seconds for ranks to end by themselves after one has
-_LAUNCHER = re.compile(r"(^|/)(deepspeed|torchrun)$|^deepspeed\.launcher|deepspeed/launcher|^torch\.distributed\.")
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process of a host, safe against another that gets its number later."""
-
-    host: str
-    pid: int
-    born: str  # its start time, as the kernel counts
-    place: str  # which kernel and which of its containers: hosts may share a name
-
-    @classmethod
-    def of(cls, pid: int) -> "Process":
-        """Describe a process of this host."""
-        return cls(socket.gethostname(), pid, _stat(pid)[1], _place())
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it is of this host."""
-        return self.place == _place()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it is there and not a zombie; only for one of this host."""
-        state, born = _stat(self.pid)
-        return born == self.born and state not in "ZX"
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +51,7 @@ class Watch:
         self._interval = min(5.0, max(0.25, seconds / 20))
         self._on_orphaned = on_orphaned
         self._rank, self._size = distributed.rank(), distributed.world_size()
-        self._launchers = _launchers()
+        self._launchers = launchers()
         self._tick, self._progress, self._where, self._moved = 0, 0, "start", time.monotonic()
         self._left = threading.Event()
         self._processes = distributed.gather(Process.of(os.getpid()))
@@ -154,10 +121,7 @@ class Watch:
 
     def _talk(self) -> None:
         """Tell where this rank is, and hear whether the run is to end; rank 0 decides."""
-        last = time.monotonic()
-        while not self._left.wait(self._interval):
-            self._forgive(time.monotonic() - last)
-            last = time.monotonic()
+        for _ in self._every(self._interval):
             try:
                 self._tell()
                 if self._rank == 0 and (verdict := self._judge(self._all_beats())):
@@ -172,18 +136,23 @@ class Watch:
                 culprits, message = verdict
                 self._end(culprits, message, self._interval + 0.5)
 
-    def _forgive(self, passed: float) -> None:
-        """If this process itself was stopped for a while, and goes on now, begin anew instead of judging the others."""
-        if passed > self._interval + GRACE + self._seconds / 2:
-            self._moved = self._heard = time.monotonic()
-            self._beats.clear()
+    def _every(self, seconds: float) -> Iterator[None]:
+        """Yield again and again until this rank leaves.
+
+        If this process itself was stopped for a while and goes on now, all begins anew instead of judging the others.
+        """
+        last = time.monotonic()
+        while not self._left.wait(seconds):
+            now = time.monotonic()
+            if now - last > self._interval + GRACE + self._seconds / 2:
+                self._moved = self._heard = now
+                self._beats.clear()
+            last = now
+            yield
 
     def _look(self) -> None:
         """See what needs no store, and is seen also when that does not answer."""
-        last = time.monotonic()
-        while not self._left.wait(min(1.0, self._interval)):
-            self._forgive(time.monotonic() - last)
-            last = time.monotonic()
+        for _ in self._every(min(1.0, self._interval)):
             if not all(launcher.alive for launcher in self._launchers):
                 self._launchers = []
                 self._on_orphaned("its launcher is gone")
@@ -242,36 +211,3 @@ class Watch:
                 os.kill(process.pid, signal.SIGKILL)
         logging.shutdown()
         os._exit(1)
-
-
-@cache
-def _place() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return socket.gethostname()
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """Return state and start time of a process of this host, ("X", "") if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "X", ""
-    return fields[0], fields[19]
-
-
-def _launchers() -> list[Process]:
-    """Return the processes above this one that are deepspeed's or torchrun's: they die without telling anybody."""
-    found, pid = [], os.getppid()
-    while pid > 1:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:4]
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            break
-        if not any(_LAUNCHER.search(word) for word in words):
-            break
-        found.append(Process.of(pid))
-        pid = parent
-    return found

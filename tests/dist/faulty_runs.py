@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from small_runs import ROOT, environment, free_port
+from small_runs import ROOT, environment, free_port, prepare_run
 
 from dstrain.engine.checkpoint import committed
 from dstrain.engine.state import State
@@ -217,3 +217,11 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert a.has(kind, name) == b.has(kind, name)
             if a.has(kind, name):
                 assert torch.equal(a.read(kind, name), b.read(kind, name)), f"{kind} of {name}"
+
+
+def undisturbed_run(tmp: Path, *, steps: int, save_every: int) -> tuple[Path, Path]:
+    """Train on two ranks that nothing happens to; returns the recipe and the run's folder."""
+    train = {"steps": steps, "save_every": save_every, "async_save": "on", "export": False}
+    recipe = prepare_run(tmp, train=train, ema={"decay": 0.9})
+    run_faulty(recipe)
+    return recipe, tmp / "run"

@@ -4,8 +4,7 @@ import signal
 import time
 
 import pytest
-from faulty_runs import FaultyRun, assert_same_run, rows, run_faulty, saved
-from small_runs import prepare_run
+from faulty_runs import FaultyRun, assert_same_run, rows, run_faulty, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 
@@ -16,13 +15,7 @@ QUICK = f"guard.hang_minutes={MINUTES}"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Six steps on two ranks that nothing happens to."""
-    tmp = tmp_path_factory.mktemp("whole")
-    recipe = prepare_run(
-        tmp, train={"steps": 6, "save_every": 2, "async_save": "on", "export": False}, ema={"decay": 0.9}
-    )
-    run_faulty(recipe)
-    return recipe, tmp / "run"
+    return undisturbed_run(tmp_path_factory.mktemp("whole"), steps=6, save_every=2)
 
 
 def ends_after(run, there, run_dir) -> float:

@@ -5,8 +5,7 @@ import signal
 import time
 
 import pytest
-from faulty_runs import FaultyRun, assert_same_run, losses, run_faulty, saved
-from small_runs import prepare_run
+from faulty_runs import FaultyRun, assert_same_run, losses, run_faulty, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 
@@ -40,13 +39,7 @@ CODES = {"bare": [75, 75], "deepspeed": [75], "torchrun": [1]}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Twelve steps on two ranks that nothing happens to."""
-    tmp = tmp_path_factory.mktemp("whole")
-    recipe = prepare_run(
-        tmp, train={"steps": 12, "save_every": 3, "async_save": "on", "export": False}, ema={"decay": 0.9}
-    )
-    run_faulty(recipe)
-    return recipe, tmp / "run"
+    return undisturbed_run(tmp_path_factory.mktemp("whole"), steps=12, save_every=3)
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,14 @@ import signal
 import time
 
 import pytest
-from faulty_runs import FaultyRun, assert_same_run, losses, run_faulty, saved
-from small_runs import prepare_run
+from faulty_runs import FaultyRun, assert_same_run, losses, run_faulty, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Eight steps on two ranks that nothing happens to."""
-    tmp = tmp_path_factory.mktemp("whole")
-    recipe = prepare_run(
-        tmp, train={"steps": 8, "save_every": 1, "async_save": "on", "export": False}, ema={"decay": 0.9}
-    )
-    run_faulty(recipe)
-    return recipe, tmp / "run"
+    return undisturbed_run(tmp_path_factory.mktemp("whole"), steps=8, save_every=1)
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 8))])

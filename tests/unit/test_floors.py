@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dstrain"
 FLOORS = {
-    "config": 0, "knobs": 0, "faults": 0, "errors": 0, "registry": 0, "rng": 0, "storage": 0,
+    "config": 0, "knobs": 0, "faults": 0, "launched": 0, "errors": 0, "registry": 0, "rng": 0, "storage": 0,
     "kernels": 1, "models": 1, "objectives": 1,
     "pipelines": 2, "data": 2,
     "engine": 3, "tracking": 3,
