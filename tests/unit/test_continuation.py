@@ -428,7 +428,7 @@ def test_a_job_is_checked_against_the_newest_checkpoint(folder, saved, tmp_path)
     assert job.check_continuation() == []
     newest = tmp_path / "checkpoints/step-00000002"
     newest.mkdir(parents=True)
-    (newest / checkpoint.MANIFEST).write_text(json.dumps(saved))
+    (newest / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.sealed(saved)))
     [line] = job.check_continuation()
     assert "run_dir was " in line
     other = job_of(folder, f"run_dir={tmp_path}", "objective.mu=1", "train.steps=7")
