@@ -70,6 +70,10 @@ def start() -> World:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
+        # With several threads, gradients of what is picked by index would be added up in the order that they come in.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Nothing is read before it is written, so nothing need be filled.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if "OMP_NUM_THREADS" not in os.environ:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
