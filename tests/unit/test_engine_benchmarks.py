@@ -262,7 +262,10 @@ def test_what_a_process_reads_maps_and_holds_is_counted(loading, tmp_path):
     try:
         before = watch.figures(tmp_path)
         assert before["read"] < 1 << 20 and before["mapped"] == 0 and before["peak"] < size / 4
-        with mmap.mmap(-1, size) as content, (tmp_path / "a.safetensors").open("rb") as file:  # new memory, not freed one
+        with (
+            mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as content,
+            (tmp_path / "a.safetensors").open("rb") as file,
+        ):  # new memory, not freed one
             file.readinto(content)
         read = watch.figures(tmp_path)
         assert size <= read["read"] < 1.05 * size
@@ -275,7 +278,7 @@ def test_what_a_process_reads_maps_and_holds_is_counted(loading, tmp_path):
             after = watch.figures(tmp_path)
             view.close()
         assert touched == 0
-        with mmap.mmap(-1, 3 * size) as held:
+        with mmap.mmap(-1, 3 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
             held.write(b"1" * len(held))
             last = watch.figures(tmp_path)
         assert last["mapped"] == size  # at its most
