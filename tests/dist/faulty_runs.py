@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from small_runs import ROOT, environment, free_port, prepare_run
+from small_runs import ROOT, environment, free_port, in_fp32, prepare_run
 
 from dstrain.engine.checkpoint import committed
 from dstrain.engine.state import State
@@ -58,8 +58,7 @@ class FaultyRun:
         env = environment() | {TAG: self._tag, **(env or {})}
         if faults:
             env["DSTRAIN_FAULTS"] = json.dumps(list(faults))
-        ds_path = ds if ds.endswith(".json") else f"ds_configs/{ds}.json"
-        argv = ["--ds_config", ds_path, "--config", str(recipe), *overrides]
+        argv = ["--ds_config", in_fp32(ds, recipe.parent), "--config", str(recipe), *overrides]
         bin_dir, port = Path(sys.executable).parent, free_port()
         self.started = time.time()
         self._launcher: subprocess.Popen[bytes] | None = None

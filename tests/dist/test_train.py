@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 from safetensors.torch import load_file
-from small_runs import ROOT, environment, launch, losses, metrics, prepare_run
+from small_runs import ROOT, environment, in_fp32, launch, losses, metrics, prepare_run
 
 from dstrain.engine.state import State
 
@@ -87,7 +87,7 @@ def test_one_rank_without_a_launcher_trains_the_same_batches(straight, tmp_path)
 def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(straight, tmp_path, name):
     _, recipe, _ = straight
     run, whole = tmp_path / "run", tmp_path / "whole"
-    argv = [sys.executable, "launch/train.py", "--ds_config", "ds_configs/zero0.json", "--config", str(recipe)]
+    argv = [sys.executable, "launch/train.py", "--ds_config", in_fp32("zero0", tmp_path), "--config", str(recipe)]
     with subprocess.Popen([*argv, f"run_dir={run}", "train.steps=40"], cwd=ROOT, env=environment()) as process:
         for _ in range(900):
             if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) > 1:
