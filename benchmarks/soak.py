@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/dist"), str(ROOT / "tests/unit")]
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 from data.machine import processor  # noqa: E402
-from faulty_runs import FaultyRun, assert_same_run, saved, steps_done  # noqa: E402
+from launches import Launch, assert_same_run, saved, steps_done  # noqa: E402
 from small_runs import free_port, prepare_run  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/soak.json"
@@ -249,7 +249,7 @@ class Chain:
         return path.is_file() and path.stat().st_mtime > self.begun and steps_done(self.run_dir) > step
 
     def _torchrun(self, start: Start) -> list[str]:
-        with FaultyRun(self.recipe, ds=self.ds, launcher="torchrun", faults=start.faults()) as run:
+        with Launch(self.recipe, ds=self.ds, launcher="torchrun", faults=start.faults()) as run:
             wait(lambda: not run.alive() or self._reached(start.step), LIMIT, f"{start}: no step")
             done = bool(run.alive())
             os.kill(run.launcher("torchrun"), signal.SIGKILL)

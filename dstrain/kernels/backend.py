@@ -1,7 +1,8 @@
 """What every kernel file shares: the guarded Triton import, the choice of a face, and checks before a launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ except ImportError:
     tl: Any = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[no-redef]
 
 FLOATS = (torch.float32, torch.bfloat16)
-MODES = ("auto", "reference", "triton")
+MODES = ("auto", "reference", "triton", "compile")
 
 
 def jit(kernel: Any) -> Any:
@@ -26,10 +27,12 @@ def jit(kernel: Any) -> Any:
 
 
 def choose(mode: str, device: torch.device) -> str:
-    """Return the face to run, "reference" or "triton", for tensors on `device`.
+    """Return the face to run, "reference", "triton" or "compile", for tensors on `device`.
 
-    "auto" is Triton on CUDA and the reference elsewhere. Raises ValueError for an unknown mode, and where Triton is
-    asked for but not installed, or asked for off the GPU without its interpreter (TRITON_INTERPRET=1).
+    "auto" is Triton on CUDA and the reference elsewhere; "compile" is torch.compile of the reference. On the meta
+    device "triton" runs no kernel and gives results of the right shapes: enough to count bytes. Raises ValueError for an
+    unknown mode, and where Triton is asked for but not installed, or asked for off the GPU without its interpreter
+    (TRITON_INTERPRET=1).
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -40,12 +43,18 @@ def choose(mode: str, device: torch.device) -> str:
             raise ValueError(
                 "mode 'triton' needs Triton, which is not installed: pip install triton, or mode 'reference'"
             )
-        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
             raise ValueError(
                 f"mode 'triton' cannot run on {device.type}: use mode 'reference', or set TRITON_INTERPRET=1 "
                 "before Triton is imported to run the kernels in its interpreter"
             )
     return mode
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` of a reference, for any sizes; one for the process, since a compilation takes seconds."""
+    return torch.compile(function, dynamic=True)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -54,9 +63,18 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    *,
+    gaps: bool = False,
 ) -> None:
-    """Raise ValueError that names `tensor` unless it has this shape, one of the dtypes, this device, and no gaps."""
+    """Raise ValueError that names `tensor` unless it has this shape, one of the dtypes, this device, and no gaps.
+
+    With `gaps` rows of a matrix may lie apart, as those of a chunk of columns do, but not the elements of a row.
+    """
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
@@ -64,7 +82,10 @@ def check_tensor(
         raise ValueError(f"{name} must be {kinds}, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-    if not tensor.is_contiguous():
+    if gaps and tensor.ndim == 2:
+        if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+            raise ValueError(f"{name} must have rows without gaps, got strides {list(tensor.stride())}")
+    elif not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}: call .contiguous() on it")
 
 

@@ -1,11 +1,8 @@
-"""Small training runs for the tests: a model folder, shards of ragged pictures, a recipe, and a launch."""
+"""Small training runs for the tests: a model folder, shards of ragged pictures, and a recipe."""
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,39 +73,5 @@ def in_fp32(ds: str, folder: Path) -> str:
     return str(path)
 
 
-def launch(
-    recipe: Path, *overrides: str, ranks: int = 2, ds: str = "zero3_offload", launcher: str = "deepspeed", code: int = 0
-) -> str:
-    """Run launch/train.py and return its output; asserts its exit code."""
-    bin_dir = Path(sys.executable).parent
-    start = {
-        "deepspeed": [bin_dir / "deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()],
-        "torchrun": [bin_dir / "torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"],
-        "python": [sys.executable],
-    }[launcher]
-    argv = [*start, "launch/train.py", "--ds_config", in_fp32(ds, recipe.parent), "--config", recipe, *overrides]
-    with subprocess.Popen(
-        [str(a) for a in argv],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=280)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks
-            raise
-    assert process.returncode == code, f"exit code {process.returncode} instead of {code}\n{output[-6000:]}"
-    return output
-
-
 def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run_dir: Path) -> list[str]:
-    """Hex losses by step: equal strings are equal bits."""
-    return [float(row["loss"]).hex() for row in metrics(run_dir)]

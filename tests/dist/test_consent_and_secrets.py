@@ -4,7 +4,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from small_runs import launch, metrics, prepare_run
+from launches import launch
+from small_runs import metrics, prepare_run
 
 PLANTED = {
     "HF_TOKEN": "hf_PLANTEDabcdefghijklmnop",
@@ -40,7 +41,7 @@ def test_secrets_are_in_no_file_of_the_run_and_in_no_line_of_the_output(recipe, 
     text = ", ".join("'" + prompt.replace("'", "''") + "'" for prompt in prompts)
     overrides = [f"run_dir={run}", f"sample.prompts=[{text}]", f"tracking.name=with {PLANTED['CLIENT_SECRET']}"]
     output = launch(recipe, *overrides, "tracking.wandb=offline", launcher="torchrun", ds=str(ds))
-    output += launch(recipe, *overrides, "optimizer.lr=PLANTED-client-secret", launcher="python", ds=str(ds), code=2)
+    output += launch(recipe, *overrides, "optimizer.lr=PLANTED-client-secret", ranks=1, ds=str(ds), code=2)
     assert "PLANTED" not in output
     assert "optimizer.lr must be a number" in output
     assert [row["step"] for row in metrics(run)] == [0, 1]
@@ -54,19 +55,19 @@ def test_secrets_are_in_no_file_of_the_run_and_in_no_line_of_the_output(recipe, 
 
 def test_a_change_that_needs_consent_is_refused_then_accepted(recipe, tmp_path):
     run = [f"run_dir={tmp_path / 'run'}"]
-    launch(recipe, *run, "train.steps=1", ds="zero2", launcher="python")
+    launch(recipe, *run, "train.steps=1", ds="zero2", ranks=1)
     changed = [*run, "train.steps=3", "objective.mu=1.5", "optimizer.lr=0.002"]
-    output = launch(recipe, *changed, ds="zero2", launcher="python", code=2)
+    output = launch(recipe, *changed, ds="zero2", ranks=1, code=2)
     assert "needs consent: objective.mu was 0.8, is 1.5" in output
     assert "--accept objective.mu" in output
     assert len(metrics(tmp_path / "run")) == 1, "nothing was trained"
-    output = launch(recipe, *changed, "--accept", "objective.nu", ds="zero2", launcher="python", code=2)
+    output = launch(recipe, *changed, "--accept", "objective.nu", ds="zero2", ranks=1, code=2)
     assert "did you mean 'objective.mu'?" in output
-    output = launch(recipe, *changed, "--accept", "objective.mu", ds="zero2", launcher="python")
+    output = launch(recipe, *changed, "--accept", "objective.mu", ds="zero2", ranks=1)
     assert "accepted since the checkpoint: objective.mu was 0.8, is 1.5" in output
     assert "changed since the checkpoint: optimizer.lr was 0.001, is 0.002" in output
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
-    output = launch(recipe, *changed, "train.steps=4", ds="zero2", launcher="python")
+    output = launch(recipe, *changed, "train.steps=4", ds="zero2", ranks=1)
     assert "objective.mu" not in output, "the checkpoints since have it; consent is asked for once"
-    output = launch(recipe, *changed, "seed=9", "--accept", "objective.mu", ds="zero2", launcher="python", code=2)
+    output = launch(recipe, *changed, "seed=9", "--accept", "objective.mu", ds="zero2", ranks=1, code=2)
     assert "refused: seed was 5, is 9" in output

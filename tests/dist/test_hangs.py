@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from faulty_runs import FaultyRun, assert_same_run, rows, run_faulty, saved, undisturbed_run
+from launches import Launch, assert_same_run, rows, launch, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 
@@ -45,7 +45,7 @@ def test_a_rank_that_is_stopped_is_named(whole, tmp_path, rank, place):
     faults = [fault | ({"nth": 2} if place == "barrier" else {"step": 4})]  # the watch begins with the first barrier
     if place == "barrier":  # the second comes after a save that has failed
         faults.append({"at": "write", "do": "ENOSPC", "rank": 1, "nth": 10})
-    with FaultyRun(recipe, f"run_dir={run_dir}", QUICK, faults=faults) as run:
+    with Launch(recipe, f"run_dir={run_dir}", QUICK, faults=faults) as run:
         seconds = ends_after(run, there, run_dir)
         pid, output = run.rank(rank), run.output
     assert seconds > 60 * MINUTES - 1
@@ -53,7 +53,7 @@ def test_a_rank_that_is_stopped_is_named(whole, tmp_path, rank, place):
     assert f"rank {1 - rank} (process" not in output
     assert output.count("dstrain: error: ") == 1
     assert "what was saved is intact, and the same command continues" in output
-    run_faulty(recipe, f"run_dir={run_dir}")
+    launch(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
 
@@ -62,14 +62,14 @@ def test_a_rank_that_sleeps_is_named_as_the_one_that_is_waited_for(whole, tmp_pa
     recipe, undisturbed = whole
     run_dir, there = tmp_path / "run", tmp_path / "there"
     fault = {"at": "data", "do": "sleep", "seconds": 1000, "rank": rank, "step": 3, "once": str(there)}
-    with FaultyRun(recipe, f"run_dir={run_dir}", QUICK, faults=[fault]) as run:
+    with Launch(recipe, f"run_dir={run_dir}", QUICK, faults=[fault]) as run:
         ends_after(run, there, run_dir)
         pid, output = run.rank(rank), run.output
     assert f"all wait for rank {rank} (process {pid} on " in output, output[-4000:]
     assert "which is at: step 3, its data" in output
     assert output.count("dstrain: error: ") == 1
     assert "in reach" in output, "a traceback shows where it hangs"
-    run_faulty(recipe, f"run_dir={run_dir}")
+    launch(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
 
@@ -80,7 +80,7 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(whole, tmp_path, rank
     recipe, undisturbed = whole
     run_dir = tmp_path / "run"
     slow = {"at": "step", "do": "sleep", "seconds": 0.2}
-    with FaultyRun(recipe, f"run_dir={run_dir}", faults=[slow], launcher=launcher) as run:
+    with Launch(recipe, f"run_dir={run_dir}", faults=[slow], launcher=launcher) as run:
         run.until_step(run_dir, 2)
         pid = run.rank(rank)
         run.send(signal.SIGKILL, rank)
@@ -88,14 +88,14 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(whole, tmp_path, rank
     assert 0 not in codes
     assert launcher != "bare" or f"rank {rank} (process {pid} on " in output, output[-4000:]
     assert "Traceback" not in output
-    run_faulty(recipe, f"run_dir={run_dir}")
+    launch(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
 
 def test_who_is_slow_is_in_the_metrics(whole, tmp_path):
     recipe, _ = whole
     run_dir = tmp_path / "run"
-    run_faulty(recipe, f"run_dir={run_dir}", faults=[{"at": "data", "do": "sleep", "seconds": 0.3, "rank": 1}])
+    launch(recipe, f"run_dir={run_dir}", faults=[{"at": "data", "do": "sleep", "seconds": 0.3, "rank": 1}])
     late = rows(run_dir)[1:]  # in the first step all is slow
     assert [row["slowest_rank"] for row in late].count(1) >= len(late) - 1
     assert all(row["rank_spread_s"] > 0.2 for row in late if row["slowest_rank"] == 1)

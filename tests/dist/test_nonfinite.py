@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from faulty_runs import FaultyRun, assert_same_run, losses, rows, run_faulty, saved
+from launches import Launch, assert_same_run, losses, rows, launch, saved
 from small_runs import prepare_run
 
 from dstrain.engine.state import State
@@ -46,7 +46,7 @@ def test_an_update_is_left_out_on_all_ranks(recipe, tmp_path, ds, rank, place):
     path.write_text(json.dumps(DS[ds]))
     fault = {"at": place, "do": "nan", "rank": rank, "step": 2}
     lasts = place == "weight" and ds == "zero2 fp32"  # there the model computes with the master weights themselves
-    output = run_faulty(recipe, f"run_dir={run_dir}", ds=str(path), faults=[fault], code=None)
+    output = launch(recipe, f"run_dir={run_dir}", ds=str(path), faults=[fault], code=None)
     left_out = [row["updates_left_out"] for row in rows(run_dir)]
     assert left_out[:3] == [0, 0, 1], output[-4000:]
     first = events(run_dir)[0]
@@ -67,13 +67,13 @@ def test_an_update_is_left_out_on_all_ranks(recipe, tmp_path, ds, rank, place):
 
 def test_more_in_a_row_than_are_borne_end_the_run_and_it_can_be_continued(recipe, tmp_path):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
-    run_faulty(recipe, f"run_dir={whole}", "ema.decay=0.9")
+    launch(recipe, f"run_dir={whole}", "ema.decay=0.9")
     fault = {"at": "loss", "do": "nan", "rank": 1, "step": 2}
     argv = [f"run_dir={run_dir}", "ema.decay=0.9", "guard.nonfinite_steps=0"]
-    output = run_faulty(recipe, *argv, faults=[fault], code=1)
+    output = launch(recipe, *argv, faults=[fault], code=1)
     assert output.count("dstrain: error: ") == 1 and "Traceback" not in output
     assert saved(run_dir) == [2, 1]
-    run_faulty(recipe, *argv)
+    launch(recipe, *argv)
     assert_same_run(run_dir, whole)
 
 
@@ -92,16 +92,16 @@ def test_a_spike_is_undone_its_data_left_out_and_a_kill_amid_it_changes_nothing(
         """The batch of step 62 is the culprit, wherever the process began, and not the one that takes its place."""
         return [{"at": "loss", "do": "spike", "step": 62, "nth": 63 - first_step}]
 
-    output = run_faulty(recipe, faults=spike(0))
+    output = launch(recipe, faults=spike(0))
     assert f"back to {straight / 'checkpoints'}/step-00000060" in output, output[-4000:]
     assert [event["step"] for event in events(straight)] == [62]
     assert {row["micro_steps"] for row in rows(straight)} == {1}, "so the n-th loss is that of the n-th step"
     assert list(losses(straight)) == list(range(70))
     kill = {"at": "step", "do": "kill", "rank": 1, "nth": 63 + 4}  # after it has gone back to 60, in step 63
-    with FaultyRun(recipe, f"run_dir={killed}", faults=[*spike(0), kill]) as run:
+    with Launch(recipe, f"run_dir={killed}", faults=[*spike(0), kill]) as run:
         assert 0 not in run.ends(), run.output[-4000:]
         assert "back to " in run.output
     assert saved(killed)[0] == 60
-    output = run_faulty(recipe, f"run_dir={killed}", faults=spike(60))
+    output = launch(recipe, f"run_dir={killed}", faults=spike(60))
     assert "back to " in output
     assert_same_run(killed, straight)

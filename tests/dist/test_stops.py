@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from faulty_runs import FaultyRun, assert_same_run, losses, run_faulty, saved, undisturbed_run
+from launches import Launch, assert_same_run, losses, launch, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 
@@ -55,7 +55,7 @@ def test_a_wish_to_stop_is_agreed_on_and_nothing_is_lost(whole, tmp_path, how, w
         at, nth = place
         faults = [{"at": at, "do": "sleep", "seconds": 2, "rank": 1, "nth": nth, "once": str(there)}, SLOW]
     argv = [f"run_dir={run_dir}", *(["train.max_minutes=0.02"] if how == "max_minutes" else [])]
-    with FaultyRun(recipe, *argv, launcher=launcher, faults=faults, env={"DSTRAIN_HOLD_FILE": str(hold)}) as run:
+    with Launch(recipe, *argv, launcher=launcher, faults=faults, env={"DSTRAIN_HOLD_FILE": str(hold)}) as run:
         run.until(there.exists) if place else run.until_step(run_dir, 1 if how != "max_minutes" else 0)
         if how == "STOP":
             (run_dir / "STOP").touch()
@@ -73,7 +73,7 @@ def test_a_wish_to_stop_is_agreed_on_and_nothing_is_lost(whole, tmp_path, how, w
     else:
         assert 0 < saved(run_dir)[0] == len(losses(run_dir)) < 12
         assert f"after step {saved(run_dir)[0]} of 12, with a checkpoint" in output
-    run_faulty(recipe, f"run_dir={run_dir}")
+    launch(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
 
@@ -82,7 +82,7 @@ def test_a_second_signal_is_ignored_and_a_third_ends_without_saving(whole, tmp_p
     run_dir, there = tmp_path / "run", tmp_path / "there"
     # Of the second checkpoint: it begins with the first signal, after a step that does not save by itself.
     slow_save = {"at": "save", "do": "sleep", "seconds": 60, "nth": 2, "rank": 1, "once": str(there)}
-    with FaultyRun(recipe, f"run_dir={run_dir}", faults=[SLOW, slow_save]) as run:
+    with Launch(recipe, f"run_dir={run_dir}", faults=[SLOW, slow_save]) as run:
         run.until_step(run_dir, 3)
         run.send(signal.SIGTERM, 0, 1)
         run.until(there.exists)  # rank 0 waits for rank 1 in a collective now, and no handler of its main thread runs
@@ -94,7 +94,7 @@ def test_a_second_signal_is_ignored_and_a_third_ends_without_saving(whole, tmp_p
     assert codes == [1, 1]
     assert "SIGTERM: ended without saving; what was saved before is intact" in output
     assert saved(run_dir) == [3]
-    run_faulty(recipe, f"run_dir={run_dir}")
+    launch(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
 
@@ -112,23 +112,23 @@ def test_a_second_signal_is_ignored_and_a_third_ends_without_saving(whole, tmp_p
 def test_no_rank_outlives_its_launcher(whole, tmp_path, launcher, word, number):
     recipe, undisturbed = whole
     run_dir = tmp_path / "run"
-    with FaultyRun(recipe, f"run_dir={run_dir}", launcher=launcher, faults=[SLOW]) as run:
+    with Launch(recipe, f"run_dir={run_dir}", launcher=launcher, faults=[SLOW]) as run:
         run.until_step(run_dir, 1)
         os.kill(run.launcher(word), number)
         run.ends(8)
         output = run.output
     assert 0 < saved(run_dir)[0] == len(losses(run_dir)) < 12, output[-4000:]
-    run_faulty(recipe, f"run_dir={run_dir}")
+    launch(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
 
 def test_two_runs_cannot_have_one_folder(whole, tmp_path):
     recipe, _ = whole
     run_dir = tmp_path / "run"
-    with FaultyRun(recipe, f"run_dir={run_dir}", faults=[{**SLOW, "seconds": 5}]) as run:
+    with Launch(recipe, f"run_dir={run_dir}", faults=[{**SLOW, "seconds": 5}]) as run:
         run.until_step(run_dir, 0)
         holder = run.rank(0)
-        output = run_faulty(recipe, f"run_dir={run_dir}", code=2)
+        output = launch(recipe, f"run_dir={run_dir}", code=2)
         assert len(run.alive()) == 2, "the first run goes on"
     assert f"is in use by process {holder} on " in output
     assert output.count("dstrain: error") == 1

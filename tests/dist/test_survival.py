@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from faulty_runs import FaultyRun, assert_same_run, losses, run_faulty, saved, undisturbed_run
+from launches import Launch, assert_same_run, losses, launch, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 
@@ -21,13 +21,13 @@ def test_a_kill_at_any_moment_loses_nothing(whole, tmp_path, seed):
     run_dir, rng = tmp_path / "run", random.Random(seed)
     ranks = [[0], [1], [0, 1]][seed % 3]
     slow = {"at": "step", "do": "sleep", "seconds": 0.1}
-    with FaultyRun(recipe, f"run_dir={run_dir}", faults=[slow]) as run:
+    with Launch(recipe, f"run_dir={run_dir}", faults=[slow]) as run:
         run.until_step(run_dir, rng.randint(0, 4))
         time.sleep(rng.uniform(0, 0.4))
         run.send(signal.SIGKILL, *ranks)
         run.ends(20)
     there = saved(run_dir)
-    output = run_faulty(recipe, f"run_dir={run_dir}")
+    output = launch(recipe, f"run_dir={run_dir}")
     if there:
         assert f"continuing from {run_dir / 'checkpoints'}/step-{there[0]:08d}" in output
     assert_same_run(run_dir, undisturbed)
@@ -40,7 +40,7 @@ def test_a_save_that_fails_is_borne_and_the_next_one_works(whole, tmp_path, name
     run_dir, there = tmp_path / "run", tmp_path / "there"
     # The tenth write of rank 1, which writes nothing but its part of checkpoints, is in the first of them.
     fault = {"at": "write", "do": name, "rank": 1, "nth": 10, "once": str(there)}
-    output = run_faulty(recipe, f"run_dir={run_dir}", faults=[fault])
+    output = launch(recipe, f"run_dir={run_dir}", faults=[fault])
     assert there.exists()
     assert output.count("The training goes on, and will save again in its turn") == 1
     assert "step-00000001: not saved (rank 1: " in output
@@ -54,12 +54,12 @@ def test_a_last_save_that_fails_is_a_failure_and_can_be_made_up_for(whole, tmp_p
     recipe, undisturbed = whole
     run_dir, there = tmp_path / "run", tmp_path / "there"
     fault = {"at": "write", "do": "ENOSPC", "rank": 1, "nth": 10, "once": str(there)}
-    run_faulty(recipe, f"run_dir={run_dir}", "train.steps=4")
-    output = run_faulty(recipe, f"run_dir={run_dir}", "train.save_every=100", faults=[fault], code=1)
+    launch(recipe, f"run_dir={run_dir}", "train.steps=4")
+    output = launch(recipe, f"run_dir={run_dir}", "train.save_every=100", faults=[fault], code=1)
     assert output.count("dstrain: error: ") == 1
     assert "step-00000008: not saved (rank 1: " in output and "Traceback" not in output
     assert saved(run_dir) == [4, 3]
-    run_faulty(recipe, f"run_dir={run_dir}")
+    launch(recipe, f"run_dir={run_dir}")
     assert_same_run(run_dir, undisturbed)
 
 
@@ -67,7 +67,7 @@ def test_more_failed_saves_than_are_borne_end_the_run(whole, tmp_path):
     recipe, _ = whole
     run_dir = tmp_path / "run"
     faults = [{"at": "write", "do": "EIO", "rank": 1}]
-    output = run_faulty(recipe, f"run_dir={run_dir}", "train.failed_saves=1", faults=faults, code=1)
+    output = launch(recipe, f"run_dir={run_dir}", "train.failed_saves=1", faults=faults, code=1)
     assert output.count("The training goes on, and will save again in its turn") == 1
     assert "step-00000002: not saved (rank 1: " in output
     assert saved(run_dir) == [] and len(losses(run_dir)) >= 2
@@ -77,7 +77,7 @@ def test_a_dead_wandb_server_neither_stops_nor_holds_up_the_run(whole, tmp_path)
     recipe, undisturbed = whole
     run_dir = tmp_path / "run"
     env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "WANDB_DIR": str(tmp_path)}
-    with FaultyRun(recipe, f"run_dir={run_dir}", "tracking.wandb=online", env=env) as run:
+    with Launch(recipe, f"run_dir={run_dir}", "tracking.wandb=online", env=env) as run:
         run.until_step(run_dir, 7)
         last = time.monotonic()
         codes = run.ends(40)

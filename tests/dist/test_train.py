@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from diffusers import QwenImagePipeline
 from safetensors.torch import load_file
-from small_runs import ROOT, environment, in_fp32, launch, losses, metrics, prepare_run
+import launches
+from launches import losses
+from small_runs import ROOT, environment, in_fp32, metrics, prepare_run
 
 from dstrain.engine.state import State
 
 pytestmark = pytest.mark.dist
+launch = partial(launches.launch, ds="zero3_offload")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,7 @@ def straight(tmp_path_factory):
     """Four steps on two ranks under ZeRO-3 with offload, never interrupted."""
     tmp = tmp_path_factory.mktemp("straight")
     recipe = prepare_run(tmp)
-    output = launch(recipe)
+    output = launch(recipe, launcher="deepspeed")
     return tmp, recipe, output
 
 
@@ -76,7 +80,7 @@ def test_finished_run_is_not_trained_again(straight):
 def test_one_rank_without_a_launcher_trains_the_same_batches(straight, tmp_path):
     tmp, recipe, _ = straight
     run = tmp_path / "run"
-    launch(recipe, f"run_dir={run}", launcher="python", ds="zero2")
+    launch(recipe, f"run_dir={run}", ranks=1, ds="zero2")
     for ours, two_ranks in zip(metrics(run), metrics(tmp / "run"), strict=True):
         assert ours["loss"] == pytest.approx(two_ranks["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(two_ranks["grad_norm"], rel=1e-3)
@@ -97,8 +101,8 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(straigh
         assert process.wait(60) == 75
     saved = max(p.name for p in (run / "checkpoints").iterdir())
     assert int(saved.removeprefix("step-")) == len(metrics(run)) < 40
-    launch(recipe, f"run_dir={run}", "train.steps=40", launcher="python", ds="zero0")
-    launch(recipe, f"run_dir={whole}", "train.steps=40", launcher="python", ds="zero0")
+    launch(recipe, f"run_dir={run}", "train.steps=40", ranks=1, ds="zero0")
+    launch(recipe, f"run_dir={whole}", "train.steps=40", ranks=1, ds="zero0")
     assert losses(run) == losses(whole)
 
 
@@ -106,7 +110,7 @@ def test_a_run_is_continued_at_another_world_size_and_stage(straight, tmp_path):
     tmp, recipe, _ = straight
     run = tmp_path / "run"
     launch(recipe, f"run_dir={run}", "train.steps=2")
-    launch(recipe, f"run_dir={run}", launcher="python", ds="zero2")
+    launch(recipe, f"run_dir={run}", ranks=1, ds="zero2")
     for ours, theirs in zip(metrics(run), metrics(tmp / "run"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
@@ -145,8 +149,8 @@ def test_lora_trains_paints_averages_and_leaves_as_lora(straight, tmp_path):
 def test_another_lora_is_not_continued(straight, tmp_path):
     _, recipe, _ = straight
     run = tmp_path / "run"
-    launch(recipe, f"run_dir={run}", "lora.rank=4", "train.steps=1", launcher="python", ds="zero2")
-    output = launch(recipe, f"run_dir={run}", "lora.rank=2", launcher="python", ds="zero2", code=2)
+    launch(recipe, f"run_dir={run}", "lora.rank=4", "train.steps=1", ranks=1, ds="zero2")
+    output = launch(recipe, f"run_dir={run}", "lora.rank=2", ranks=1, ds="zero2", code=2)
     assert "cannot be continued" in output
     assert "Change it back" in output
 
@@ -181,7 +185,7 @@ def test_bf16_trains(straight, tmp_path):
     ds = tmp_path / "bf16.json"
     ds.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}))
     run = tmp_path / "run"
-    launch(recipe, f"run_dir={run}", "train.steps=2", launcher="python", ds=str(ds))
+    launch(recipe, f"run_dir={run}", "train.steps=2", ranks=1, ds=str(ds))
     weights = load_file(run / "export/transformer/diffusion_pytorch_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert metrics(run)[0]["loss"] > 0

@@ -217,7 +217,7 @@ BAD = {
     "draws must have shape \\[2\\], got \\[3\\]": {"draws": torch.zeros(3, dtype=torch.int64)},
     "draws must be int64, got float32": {"draws": torch.zeros(2)},
     "seed must be in": {"seed": -1},
-    "mode must be one of auto, reference, triton, got 'cuda'": {"mode": "cuda"},
+    "mode must be one of auto, reference, triton, compile, got 'cuda'": {"mode": "cuda"},
 }
 
 

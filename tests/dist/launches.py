@@ -1,4 +1,4 @@
-"""Launches of launch/train.py that something happens to: planned faults, signals, kills; nothing is left running."""
+"""Launches of launch/train.py, undisturbed or with planned faults, signals and kills; nothing is left running."""
 
 import json
 import os
@@ -37,10 +37,11 @@ def _server() -> "subprocess.Popen[str]":
     )
 
 
-class FaultyRun:
-    """One launch on two ranks, of which all processes are known; they are killed when the context ends.
+class Launch:
+    """One launch, of which all processes are known; they are killed when the context ends.
 
-    launcher: bare (the ranks alone, forked, with the variables that a launcher would set), deepspeed or torchrun.
+    launcher: bare (the ranks alone, forked, with the variables that a launcher would set; one rank has none), deepspeed
+    or torchrun.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class FaultyRun:
         recipe: Path,
         *overrides: str,
         ds: str = "zero2",
+        ranks: int = 2,
         launcher: str = "bare",
         faults: Sequence[Mapping[str, Any]] = (),
         env: Mapping[str, str] | None = None,
@@ -64,12 +66,15 @@ class FaultyRun:
         self._launcher: subprocess.Popen[bytes] | None = None
         self._ranks: list[int] = []
         if launcher == "bare":
-            world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            self._ranks = [self._fork(argv, env | world | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+            size = str(ranks)
+            world = {"WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            for r in range(ranks):
+                which = world | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {}
+                self._ranks.append(self._fork(argv, env | which, self._code(r)))
             return
         start = {
-            "deepspeed": [bin_dir / "deepspeed", "--num_accelerators=2", f"--master_port={port}"],
-            "torchrun": [bin_dir / "torchrun", "--nproc_per_node=2", f"--master_port={port}"],
+            "deepspeed": [bin_dir / "deepspeed", f"--num_accelerators={ranks}", f"--master_port={port}"],
+            "torchrun": [bin_dir / "torchrun", f"--nproc_per_node={ranks}", f"--master_port={port}"],
         }[launcher]
         with self._log.open("ab") as log:
             self._launcher = subprocess.Popen(
@@ -81,8 +86,8 @@ class FaultyRun:
                 start_new_session=True,
             )
 
-    def _fork(self, argv: list[str], env: Mapping[str, str]) -> int:
-        server, code = _server(), self._code(int(env["RANK"]))
+    def _fork(self, argv: list[str], env: Mapping[str, str], code: Path) -> int:
+        server = _server()
         assert server.stdin and server.stdout
         order = {"argv": argv, "env": env, "log": str(self._log), "code": str(code)}
         server.stdin.write(json.dumps(order) + "\n")
@@ -91,7 +96,7 @@ class FaultyRun:
     def _code(self, rank: int) -> Path:
         return self._log.with_name(f"code-{self._tag}-{rank}")
 
-    def __enter__(self) -> "FaultyRun":
+    def __enter__(self) -> "Launch":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -172,9 +177,9 @@ class FaultyRun:
         return [int(self._code(r).read_text()) for r in range(len(self._ranks))]
 
 
-def run_faulty(recipe: Path, *overrides: str, code: int | None = 0, limit: float = 300, **how: Any) -> str:
+def launch(recipe: Path, *overrides: str, code: int | None = 0, limit: float = 300, **how: Any) -> str:
     """Launch, wait for the end, and return the output; asserts the exit code of every rank unless it is None."""
-    with FaultyRun(recipe, *overrides, **how) as run:
+    with Launch(recipe, *overrides, **how) as run:
         codes = run.ends(limit)
         output = run.output
     assert code is None or set(codes) == {code}, f"exit codes {codes} instead of {code}\n{output[-6000:]}"
@@ -222,5 +227,5 @@ def undisturbed_run(tmp: Path, *, steps: int, save_every: int) -> tuple[Path, Pa
     """Train on two ranks that nothing happens to; returns the recipe and the run's folder."""
     train = {"steps": steps, "save_every": save_every, "async_save": "on", "export": False}
     recipe = prepare_run(tmp, train=train, ema={"decay": 0.9})
-    run_faulty(recipe)
+    launch(recipe)
     return recipe, tmp / "run"
