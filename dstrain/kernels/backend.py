@@ -29,8 +29,8 @@ def jit(kernel: Any) -> Any:
 def choose(mode: str, device: torch.device) -> str:
     """Return the face to run, "reference", "triton" or "compile", for tensors on `device`.
 
-    "auto" is Triton on CUDA and the reference elsewhere; "compile" is torch.compile of the reference. On the meta
-    device "triton" runs no kernel and gives results of the right shapes: enough to count bytes. Raises ValueError for an
+    "auto" is Triton on CUDA and the reference elsewhere; "compile" is torch.compile of the reference. On the
+    meta device "triton" runs no kernel and gives results of the right shapes: enough to count bytes. ValueError for an
     unknown mode, and where Triton is asked for but not installed, or asked for off the GPU without its interpreter
     (TRITON_INTERPRET=1).
     """
