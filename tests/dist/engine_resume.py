@@ -71,7 +71,7 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def resume(cases: dict[str, tuple[dict, bool, str]], tmp: str) -> dict[str, list[tuple[bool, bool]]]:
-    """After restarts at steps 1 and 2: whether the steps up to 4 have the same bits, and so weights, moments, averages."""
+    """After restarts at steps 1 and 2: whether steps up to 4, and weights, moments and averages, have the same bits."""
     world = distributed.start()
     results = {}
     for name, (ds, bf16, what) in cases.items():

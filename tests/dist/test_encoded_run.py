@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 import torch
-from safetensors.torch import load
 from launches import launch, losses
+from safetensors.torch import load
 from small_runs import prepare_run
 
 from dstrain.cli import main

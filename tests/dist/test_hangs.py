@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from launches import Launch, assert_same_run, rows, launch, saved, undisturbed_run
+from launches import Launch, assert_same_run, launch, rows, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 

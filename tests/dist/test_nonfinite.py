@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from launches import Launch, assert_same_run, losses, rows, launch, saved
+from launches import Launch, assert_same_run, launch, losses, rows, saved
 from small_runs import prepare_run
 
 from dstrain.engine.state import State

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from launches import Launch, assert_same_run, losses, launch, saved, undisturbed_run
+from launches import Launch, assert_same_run, launch, losses, saved, undisturbed_run
 
 pytestmark = pytest.mark.dist
 

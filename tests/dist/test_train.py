@@ -8,12 +8,12 @@ import sys
 import time
 from functools import partial
 
+import launches
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from safetensors.torch import load_file
-import launches
 from launches import losses
+from safetensors.torch import load_file
 from small_runs import ROOT, environment, in_fp32, metrics, prepare_run
 
 from dstrain.engine.state import State
