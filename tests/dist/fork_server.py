@@ -1,7 +1,8 @@
-"""Starts ranks of launch/train.py by forking a process that has imported everything, in a tenth of the processor time.
+"""Starts ranks by forking a process that has imported everything, in a tenth of the processor time.
 
-Reads a line of JSON for each: {"argv", "env", "log", "code"}; answers with the pid, and writes how the rank ended into
-the file `code`. A rank is a process of its own, which may be killed, stopped and signalled as any other.
+The server reads a line of JSON for each: {"env", "log", "code"}, and either the "argv" of launch/train.py or a "call",
+two files as ranks.py takes them. It answers with the pid, and writes how the rank ended into the file `code`. A rank is
+a process of its own, which may be killed, stopped and signalled as any other.
 """
 
 import contextlib
@@ -9,10 +10,37 @@ import importlib.util
 import json
 import os
 import select
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+
+@cache
+def _server() -> "subprocess.Popen[str]":
+    """One for all runs of the tests; it ends when its input does, with this process."""
+    from small_runs import environment
+
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        env=environment() | {"TORCH_COMPILE_DISABLE": "1"},  # DeepSpeed compiles Muon's update: a minute on a CPU
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+
+
+def fork(env: Mapping[str, str], log: Path, code: Path, **what: Sequence[str]) -> int:
+    """Start a rank with this environment; return its pid. `what` is argv or call; files are as above."""
+    server = _server()
+    assert server.stdin and server.stdout
+    server.stdin.write(json.dumps({"env": dict(env), "log": str(log), "code": str(code), **what}) + "\n")
+    return int(server.stdout.readline())
 
 
 def main() -> None:
@@ -56,7 +84,12 @@ def run(train, order: dict) -> None:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            code = train.main(order["argv"])
+            if "call" in order:
+                import ranks
+
+                code = ranks.main(*order["call"])
+            else:
+                code = train.main(order["argv"])
         finally:
             os._exit(code)
 

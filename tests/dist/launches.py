@@ -9,32 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from fork_server import fork
 from small_runs import ROOT, environment, free_port, in_fp32, prepare_run
 
 from dstrain.engine.checkpoint import committed
 from dstrain.engine.state import State
 
 TAG = "DSTRAIN_TEST_RUN"  # in the environment of all processes of a launch, however they are related
-
-
-@cache
-def _server() -> "subprocess.Popen[str]":
-    """One for all runs of the tests; it ends when its input does, with this process."""
-    return subprocess.Popen(
-        [sys.executable, ROOT / "tests/dist/fork_server.py"],
-        env=environment(),
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
 
 
 class Launch:
@@ -70,7 +56,7 @@ class Launch:
             world = {"WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             for r in range(ranks):
                 which = world | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {}
-                self._ranks.append(self._fork(argv, env | which, self._code(r)))
+                self._ranks.append(fork(env | which, self._log, self._code(r), argv=argv))
             return
         start = {
             "deepspeed": [bin_dir / "deepspeed", f"--num_accelerators={ranks}", f"--master_port={port}"],
@@ -85,13 +71,6 @@ class Launch:
                 stderr=log,
                 start_new_session=True,
             )
-
-    def _fork(self, argv: list[str], env: Mapping[str, str], code: Path) -> int:
-        server = _server()
-        assert server.stdin and server.stdout
-        order = {"argv": argv, "env": env, "log": str(self._log), "code": str(code)}
-        server.stdin.write(json.dumps(order) + "\n")
-        return int(server.stdout.readline())
 
     def _code(self, rank: int) -> Path:
         return self._log.with_name(f"code-{self._tag}-{rank}")

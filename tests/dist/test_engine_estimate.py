@@ -52,7 +52,7 @@ def predicted(
 @pytest.mark.parametrize("part", [0, 1])
 def test_states_are_as_large_as_predicted(tmp_path, part):
     cases = dict(list(CASES.items())[part::2])
-    for measured in run_ranks(2, "engine_estimate:states", tmp_path, cases, timeout=580):
+    for measured in run_ranks(2, "engine_estimate:states", tmp_path, cases, timeout=580, fresh=True):
         for name, (bf16, zero, extra, trained) in cases.items():
             e = predicted(engine_estimate.SMALL, bf16, zero, extra, trained)
             memory = e.memory
@@ -70,6 +70,6 @@ def test_the_process_is_as_large_as_predicted(tmp_path, monkeypatch):
     # glibc keeps what is freed of blocks below 32 MB, which all tensors of this model are; large models' are above.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 18))
     zero = {"stage": 3}
-    for before, peak in run_ranks(2, "engine_estimate:peak", tmp_path, zero, FP32_SUMS):
+    for before, peak in run_ranks(2, "engine_estimate:peak", tmp_path, zero, FP32_SUMS, fresh=True):
         e = predicted(engine_estimate.LARGE, True, zero, FP32_SUMS, "")
         assert peak == pytest.approx(before + e.device + e.host, rel=0.1)

@@ -34,7 +34,7 @@ def test_a_rank_reads_and_holds_its_share(tmp_path, checkpoint, world, offload):
     total = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))
     with torch.device("meta"):
         block = 4 * sum(p.numel() for p in make().transformer_blocks[0].parameters())
-    for result in run_ranks(world, "engine_loading:load", tmp_path, str(checkpoint), offload):
+    for result in run_ranks(world, "engine_loading:load", tmp_path, str(checkpoint), offload, fresh=True):
         assert result["wrong"] == 0
         assert result["read"] <= 1.02 * total / world
         assert result["read"] >= 0.98 * total / world

@@ -60,8 +60,7 @@ def test_they_follow_plain_pytorch(tmp_path, paths):
     cases = {
         f"{path.stem} {what} {'bf16' if bf16 else 'fp32'}": Case(preset(path, tmp_path), what, bf16)
         for path in paths
-        for what in ("full", "lora")
-        for bf16 in (False, True)
+        for what, bf16 in (("full", True), ("lora", False))
     }
     held(tmp_path, cases)
 
