@@ -99,7 +99,8 @@ class _GatedNormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (out, h), rest, biases = ctx.saved_tensors[:2], ctx.saved_tensors[2:10], list(ctx.saved_tensors[10:])
+        out, h, *rest = ctx.saved_tensors
+        rest, biases = rest[:8], rest[8:]
         tables = any(ctx.needs_input_grad[2:])
         dx, dh, dbiases, *grads, _y = ops.gated_norm_modulate_backward(
             dout, dy, out, h, biases, *rest, ctx.streams, False, tables

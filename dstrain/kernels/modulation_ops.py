@@ -6,6 +6,7 @@ dtype. Gradients of tables and biases are summed in fp32, in an order that does 
 these gradients are left out. A result that is not wanted has 0 elements.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,12 +17,23 @@ from dstrain.kernels.backend import on_device, triton
 from dstrain.kernels.segments import Chunks, Segments
 
 PIPELINE_BYTES = 65536  # shared memory that a program may fill with rows that it will need next
-SUM_ROWS, SUM_COLUMNS = 128, 32  # of partial sums that a program adds up at a time
+SUM_ROWS, SUM_COLUMNS = 128, 32  # of sums of chunks that a program adds up at a time
 
 
 def norm_chunks(segments: Segments) -> Chunks:
-    """Chunks for the backward of the norms: enough to fill a GPU, few enough that their sums are little memory."""
-    return segments.chunks(min(64, max(16, 1 << (segments.rows // 512).bit_length())))
+    """Chunks for the backward of the norms: two for each processor of the GPU at a time, and none of these idle."""
+    device = segments.of_row.device
+    cuda = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
+    return segments.chunks(_chunk_rows(segments.lengths, 2 * processors))
+
+
+@lru_cache(maxsize=64)
+def _chunk_rows(lengths: tuple[int, ...], at_once: int) -> int:
+    def time(rows: int) -> int:  # in rows: each chunk also reads its tables and writes its sums
+        return -(-sum(-(-length // rows) for length in lengths) // at_once) * (rows + 4)
+
+    return min(range(8, 65), key=time)
 
 
 def residual_chunks(segments: Segments) -> Chunks:

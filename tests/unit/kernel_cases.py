@@ -80,12 +80,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-def ptx(kernel, pointers, scalars=(), num_warps=4, **constants):
-    """Compile for an H200; `pointers` and `scalars` map names to types. "i64=16" is a multiple of 16."""
+def ptx(kernel, pointers, scalars=(), num_warps=4, aligned=True, **constants):
+    """Compile for an H200; `pointers` and `scalars` map names to types. "i64=16" is a multiple of 16.
+
+    Pointers are multiples of 16 bytes if `aligned`.
+    """
     types = dict(pointers) | {name: kind.split("=")[0] for name, kind in dict(scalars).items()}
-    aligned = set(pointers) | {name for name, kind in dict(scalars).items() if kind.endswith("=16")}
+    sixteen = set(pointers if aligned else ()) | {name for name, kind in dict(scalars).items() if kind.endswith("=16")}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in sixteen}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm["ptx"]
 '''
