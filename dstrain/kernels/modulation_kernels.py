@@ -398,7 +398,7 @@ def residual_backward_kernel(
         at = chunk.to(tl.int64) * D + columns
         tl.store(sums_ptr + at, tl.sum(dgate, axis=0), mask=columns < D)
         if BIASES:
-            at += chunks.to(tl.int64) * D
+            at = (chunk + chunks).to(tl.int64) * D + columns
             tl.store(sums_ptr + at, tl.sum(dbias * gate, axis=0), mask=columns < D)
 
 

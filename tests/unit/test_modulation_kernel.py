@@ -448,30 +448,43 @@ def test_refusals_name_the_tensor(message, mode):
                 function(**{name: bad[name] for name in names})
 
 
+COMPILE = """
+from dstrain.kernels import modulation_kernels as kernels, modulation_ops as ops
+names = "x h bias0 bias1 gate shift scale out y dout dy dx dh table0 table1 table2 bias".split()
+narrow, wide, tile = ops._row_sizes(width, 32), ops._row_sizes(width, 16), ops._tile_sizes(width)
+for dtype in dtypes:
+    pointers = {name + "_ptr": "*" + dtype for name in names}
+    pointers |= {name + "_ptr": "*i32" for name in ("of_row", "bounds", "starts")}
+    pointers |= {name + "_ptr": "*fp32" for name in ("mean", "rstd", "sums")}
+
+    def one(kernel, **constants):
+        own, left = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (pointers, ones))
+        rest = {k: v for k, v in scalars.items() if k in kernel.arg_names}
+        return ptx(kernel, own, rest, **left, **constants)
+
+    one(kernels.norm_forward_kernel, GATED=True, BIASES=2, **narrow)
+    backward = dict(DOUT=True, GATED=True, BIASES=2, TABLES=True, AGAIN=True, STAGES=2)
+    text = one(kernels.norm_backward_kernel, **wide, **backward)
+    assert width < 3072 or "cp.async" in text  # rows to come are fetched while one is worked on
+    one(kernels.norm_backward_kernel, aligned=False, **wide, **backward)
+    one(kernels.residual_forward_kernel, BIASES=2, **tile)
+    one(kernels.residual_backward_kernel, BIASES=2, TABLES=True, **tile)
+    one(kernels.sum_chunks_kernel, D=width, TABLES=3, R=ops.SUM_ROWS, TILE=ops.SUM_COLUMNS, num_warps=8)
+"""
+
+
 @pytest.mark.parametrize("width", [3072, 5120])
 def test_kernels_compile_for_a_gpu_without_one(width):
-    compile_for_gpu(f"""
-from dstrain.kernels import modulation_kernels as kernels, modulation_ops as ops
-strides = dict(gate_stride="i32=16", shift_stride="i32=16", scale_stride="i32=16", each="i32")
-names = "x h bias0 bias1 gate shift scale out y dout dy dx dh table0 table1 table2 bias".split()
-whole, wide, tile = ops._row_sizes({width}, 32), ops._row_sizes({width}, 16), ops._tile_sizes({width})
-assert whole["TILE"] * whole["TILES"] == {width}
-for dtype in ("bf16", "fp32"):
-    rows = {{name + "_ptr": "*" + dtype for name in names}}
-    pointers = rows | {{name + "_ptr": "*i32" for name in ("of_row", "bounds", "starts")}}
-    pointers |= {{name + "_ptr": "*fp32" for name in ("mean", "rstd", "sums")}}
-    def one(kernel, scalars, **constants):
-        return ptx(kernel, {{k: v for k, v in pointers.items() if k in kernel.arg_names}}, scalars, **constants)
-    backward = dict(DOUT=True, GATED=True, BIASES=2, TABLES=True, AGAIN=True, STAGES=2)
-    one(kernels.norm_forward_kernel, strides | dict(rows="i32", eps="fp32"), GATED=True, BIASES=2, **whole)
-    assert "cp.async" in one(kernels.norm_backward_kernel, strides | dict(chunks="i32"), **wide, **backward)
-    one(kernels.norm_backward_kernel, strides | dict(chunks="i32"), aligned=False, **wide, **backward)
-    gated = dict(gate_stride="i32=16", each="i32")
-    one(kernels.residual_forward_kernel, gated | dict(rows="i32"), BIASES=2, **tile)
-    one(kernels.residual_backward_kernel, gated | dict(chunks="i32"), BIASES=2, TABLES=True, **tile)
-sums = dict(D={width}, TABLES=3, R=ops.SUM_ROWS, TILE=ops.SUM_COLUMNS)
-one(kernels.sum_chunks_kernel, dict(chunks="i32", segments="i32", each="i32"), num_warps=8, **sums)
-""")
+    assert modulation_ops._row_sizes(width, 16)["TILE"] * modulation_ops._row_sizes(width, 16)["TILES"] == width
+    scalars = dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32=16")
+    scalars |= dict.fromkeys(("rows", "chunks", "segments", "each"), "i32") | {"eps": "fp32"}
+    compile_for_gpu(f"width, dtypes, scalars, ones = {width}, ('bf16', 'fp32'), {scalars}, {{}}" + COMPILE)
+
+
+def test_kernels_compile_where_counts_are_one():
+    # Triton makes constants of integers that are 1, and constants have no methods.
+    ones = dict.fromkeys(("gate_stride", "shift_stride", "scale_stride", "rows", "chunks", "segments", "each"), 1)
+    compile_for_gpu(f"width, dtypes, scalars, ones = 40, ('bf16',), {{'eps': 'fp32'}}, {ones}" + COMPILE)
 
 
 def test_chunks_fill_a_gpu_and_none_of_it_waits_for_a_few():
