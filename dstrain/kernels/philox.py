@@ -11,10 +11,16 @@ STEP = tl.constexpr(2.0**-23)
 
 
 @jit
+def words(seed, PURPOSE: tl.constexpr, draw, group):
+    """`rng.words`: the four uint32 words of each counter, of int64 `draw` and `group` blocks that broadcast."""
+    low, high = (draw & 0xFFFFFFFF).to(tl.uint32), (draw >> 32).to(tl.uint32)
+    return tl.philox(seed, group.to(tl.uint32), low * 0 + PURPOSE, low, high)
+
+
+@jit
 def normal4(seed, PURPOSE: tl.constexpr, draw, group):
     """`rng.normal4`: normals [..., 4] of int64 `draw` and `group` blocks that broadcast."""
-    low, high = (draw & 0xFFFFFFFF).to(tl.uint32), (draw >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32), low * 0 + PURPOSE, low, high)
+    w0, w1, w2, w3 = words(seed, PURPOSE, draw, group)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     # join adds a fastest axis of two: joined twice, [..., i, j] is lane 2 i + j.

@@ -104,5 +104,6 @@ class FlowMatch:
         where = layout.image_sample, layout.first_image_token
         sigmas, weights = self.sigmas(draws, token_counts)
         x_t = add_noise(x0, sigmas, *where, self.seed, draws, self.kernel)
-        errors = velocity_loss(velocity(x_t, sigmas), x0, *where, token_counts, self.seed, draws, self.kernel)
-        return Losses(weights * errors, sigmas, weights)
+        pred = velocity(x_t, sigmas)
+        losses = velocity_loss(pred, x0, weights, *where, token_counts, self.seed, draws, self.kernel)
+        return Losses(losses, sigmas, weights)
