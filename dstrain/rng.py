@@ -2,7 +2,7 @@
 
 There is no stream and no state, so world size, workers, packing and resume cannot change a number, and a kernel can
 make the noise again instead of keeping it. The generator is Philox 4x32-10 (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011). Words are identical on every device; `kernels/flow_match.py` makes the same normals.
+as easy as 1, 2, 3", SC 2011). Words are identical on every device; `kernels/philox.py` makes the same normals.
 """
 
 from enum import IntEnum
@@ -78,6 +78,12 @@ def words(seed: int, purpose: Purpose, draw: int, group: int) -> tuple[int, int,
     return _rounds(seed_key(seed), (group, int(purpose), draw & MASK32, draw >> 32 & MASK32))
 
 
+def words_array(seed: int, purpose: Purpose, draws: Any, groups: Any) -> tuple[np.ndarray, ...]:
+    """`words` in NumPy, for integers or arrays of integers that broadcast: four uint64 arrays of uint32 values."""
+    draws, groups = (np.atleast_1d(np.asarray(lane)).astype(np.uint64) for lane in (draws, groups))
+    return _rounds(seed_key(seed), (groups, int(purpose), draws & MASK32, draws >> 32))
+
+
 def uniform(seed: int, purpose: Purpose, draws: Tensor) -> Tensor:
     """Return one fp32 uniform number in (0, 1) for each int64 draw number; shape and device as `draws`."""
     return words_to_uniform(_rounds(seed_key(seed), _counter(purpose, draws, 0))[0])
@@ -120,10 +126,10 @@ def shuffled(seed: int, n: int, purpose: Purpose = Purpose.ORDER, stream: tuple[
     `stream` holds two uint32 numbers: of one seed and purpose, every stream has a permutation of its own.
     """
     keys = np.empty((n + 1) // 2 * 2, dtype=np.uint64)
-    high, low = stream
+    high, low = (part & MASK32 for part in stream)
     for start in range(0, len(keys) // 2, SHUFFLE_CHUNK):
         counters = np.arange(start, min(start + SHUFFLE_CHUNK, len(keys) // 2), dtype=np.uint64)
-        w0, w1, w2, w3 = _rounds(seed_key(seed), (counters, int(purpose), low & MASK32, high & MASK32))
+        w0, w1, w2, w3 = words_array(seed, purpose, high << 32 | low, counters)
         keys[2 * start : 2 * start + 2 * len(counters) : 2] = w0 << 32 | w1
         keys[2 * start + 1 : 2 * start + 2 * len(counters) : 2] = w2 << 32 | w3
     return np.argsort(keys[:n], kind="stable")

@@ -1,4 +1,4 @@
-"""The counter-based generator: published vectors, exact maps to floats, statistics, permutations."""
+"""The counter-based generator: published vectors, the same words everywhere, exact floats, statistics, permutations."""
 
 import math
 import time
@@ -6,8 +6,24 @@ import time
 import numpy as np
 import pytest
 import torch
+from kernel_cases import DEVICES
 
-from dstrain.rng import Purpose, normal, normal4, philox, seed_key, shuffled, uniform, words_to_uniform
+from dstrain.kernels import philox as kernel
+from dstrain.kernels.backend import jit, tl
+from dstrain.rng import (
+    TWO_PI,
+    Purpose,
+    normal,
+    normal4,
+    philox,
+    seed_key,
+    shuffled,
+    uniform,
+    uniform_at,
+    words,
+    words_array,
+    words_to_uniform,
+)
 
 ONES = 0xFFFFFFFF
 # Known-answer vectors of Philox 4x32-10 from Random123's kat_vectors: counter, key, output.
@@ -28,10 +44,71 @@ def ks_statistic(u):
     return float((u.sort().values - (torch.arange(n) + 0.5) / n).abs().max()) * math.sqrt(n)
 
 
+@jit
+def _words_kernel(word_ptr, normal_ptr, draw_ptr, group_ptr, seed, n, PURPOSE: tl.constexpr, B: tl.constexpr):
+    place = tl.arange(0, B)
+    draw = tl.load(draw_ptr + place, mask=place < n, other=0)
+    group = tl.load(group_ptr + place, mask=place < n, other=0)
+    w0, w1, w2, w3 = kernel.words(seed, PURPOSE, draw, group)
+    tl.store(word_ptr + 4 * place, w0.to(tl.int64), mask=place < n)
+    tl.store(word_ptr + 4 * place + 1, w1.to(tl.int64), mask=place < n)
+    tl.store(word_ptr + 4 * place + 2, w2.to(tl.int64), mask=place < n)
+    tl.store(word_ptr + 4 * place + 3, w3.to(tl.int64), mask=place < n)
+    flat = tl.arange(0, 4 * B)
+    normals = kernel.normal4(seed, PURPOSE, draw, group).reshape(4 * B)
+    tl.store(normal_ptr + flat, normals, mask=flat < 4 * n)
+
+
+def in_triton(seed, purpose, draws, groups, device):
+    """Words [n, 4] int64 and normals [n, 4] of counters, from the kernel side."""
+    n = len(draws)
+    word = torch.empty(n, 4, dtype=torch.int64, device=device)
+    normals = torch.empty(n, 4, device=device)
+    lanes = (torch.as_tensor(np.asarray(lane).astype(np.int64), device=device) for lane in (draws, groups))
+    _words_kernel[(1,)](word, normals, *lanes, seed, n, int(purpose), 256)
+    return word.cpu(), normals.cpu()
+
+
+@DEVICES
 @pytest.mark.parametrize(("counter", "key", "output"), VECTORS)
-def test_philox_known_answers(counter, key, output):
-    words = philox(key, tuple(torch.tensor([c]) for c in counter))
-    assert tuple(int(w) for w in words) == output
+def test_philox_known_answers_on_every_side(counter, key, output, device):
+    group, purpose, *draw = counter
+    seed, draw = key[0] | key[1] << 32, draw[0] | draw[1] << 32
+    assert words(seed, purpose, draw, group) == output
+    assert tuple(int(w[0]) for w in words_array(seed, purpose, np.uint64(draw), group)) == output
+    in_torch = philox(key, tuple(torch.tensor([c], device=device) for c in counter))
+    assert tuple(int(w) for w in in_torch) == output
+    lanes = np.array([draw], np.uint64), np.array([group])
+    assert tuple(in_triton(seed, purpose, *lanes, device)[0][0].tolist()) == output
+
+
+@DEVICES
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**40 + 3, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("purpose", [Purpose.NOISE, Purpose.DROPOUT])
+def test_words_are_the_same_on_every_side_and_normals_to_the_last_bits(seed, purpose, device):
+    draws = np.array([0, 1, 2**31, 2**32 - 1, 2**32, 2**62 + 5, 2**63 - 1]).repeat(30)
+    groups = np.tile([0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1, *range(90, 114)], 7)
+    numpy = np.stack(words_array(seed, purpose, draws, groups), axis=1)
+    assert numpy.tolist() == [list(words(seed, purpose, d, g)) for d, g in zip(draws.tolist(), groups.tolist())]
+    lanes = torch.tensor(groups), torch.tensor(int(purpose)), torch.tensor(draws), torch.tensor(draws >> 32)
+    in_torch = philox(seed_key(seed), tuple((lane & ONES).to(device) for lane in lanes))
+    assert torch.equal(torch.stack(in_torch, dim=1).cpu(), torch.tensor(numpy.astype(np.int64)))
+    triton, triton_normals = in_triton(seed, purpose, draws, groups, device)
+    assert torch.equal(triton, torch.tensor(numpy.astype(np.int64)))
+
+    u = ((numpy >> 9).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    radius = np.sqrt(-2 * np.log(u[:, ::2].astype(np.float64)))
+    angle = (u[:, 1::2] * np.float32(TWO_PI)).astype(np.float64)
+    by_hand = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(-1, 4).astype(np.float32)
+    ours = normal4(seed, purpose, torch.tensor(draws, device=device), torch.tensor(groups, device=device)).cpu()
+    assert ulps(ours, torch.tensor(by_hand)) <= 1
+    assert ulps(ours, triton_normals) <= 6
+
+
+def ulps(a, b):
+    """The largest distance of a and b in units of the last place, where signs agree."""
+    assert torch.equal(a.sign(), b.sign())
+    return int((a.view(torch.int32).long() - b.view(torch.int32).long()).abs().max())
 
 
 def test_philox_counters_broadcast():
@@ -96,6 +173,54 @@ def test_normals_are_normal_and_their_lanes_independent():
     for powers in (lanes, lanes.square()):
         off_diagonal = torch.corrcoef(powers.T) - torch.eye(4)
         assert off_diagonal.abs().max() < spread
+
+
+MANY = torch.arange(100_000)
+SERIES = {
+    "seeds": lambda: words_to_uniform(philox((MANY, 3), (torch.tensor(5),) * 4)[1]),
+    "high words of seeds": lambda: words_to_uniform(philox((3, MANY), (torch.tensor(5),) * 4)[2]),
+    "draws": lambda: uniform_at(1, Purpose.AUGMENT, MANY, torch.tensor(7)),
+    "elements of a draw": lambda: uniform_at(1, Purpose.AUGMENT, torch.tensor(7), MANY),
+}
+
+
+@pytest.mark.parametrize("along", SERIES)
+def test_numbers_along_any_part_of_a_key_are_uniform(along):
+    u = SERIES[along]().double()
+    n = len(u)
+    assert ks_statistic(u) < 1.95
+    for power in (1, 2, 3, 4):  # a power of u has the mean 1 / (p + 1) and the variance 1 / (2 p + 1) - mean^2
+        spread = (1 / (2 * power + 1) - (power + 1.0) ** -2) ** 0.5
+        assert abs(u.pow(power).mean() - 1 / (power + 1)) < 4 * spread / math.sqrt(n)
+    for lag in (1, 2, 3, 4, 64):
+        assert abs(np.corrcoef(u[lag:], u[:-lag])[0, 1]) < 4 / math.sqrt(n - lag)
+    pairs = torch.stack([u[::2], u[1::2]]).mul(16).long()
+    cells = torch.bincount(pairs[0] * 16 + pairs[1], minlength=256).double()
+    assert ((cells - n / 512) ** 2 / (n / 512)).sum() < 330.5  # chi-squared, 255 degrees: one time in a thousand
+
+
+def test_the_moments_of_normals_are_those_of_the_normal_distribution():
+    x = normal(11, Purpose.NOISE, torch.arange(100)[:, None], torch.arange(2000)[None, :]).double()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert abs(x.pow(power).mean() - moment) < 4 * math.sqrt(variance / x.numel())
+    for sigmas in (1, 2, 3, 4):
+        share = math.erfc(sigmas / math.sqrt(2))
+        assert abs((x.abs() > sigmas).double().mean() - share) < 4 * math.sqrt(share / x.numel())
+
+
+@pytest.mark.parametrize("axis", range(4), ids=["seed", "purpose", "draw", "element"])
+def test_neighbouring_keys_have_nothing_in_common(axis):
+    seed, purpose, draw, group = (
+        torch.arange(n).view([-1 if i == place else 1 for i in range(4)]) for place, n in enumerate((24, 10, 24, 24))
+    )
+    block = torch.stack(torch.broadcast_tensors(*philox((seed, 0), (group, purpose, draw, torch.tensor(0)))))
+    near, far = (block.narrow(axis + 1, start, block.shape[axis + 1] - 1).flatten(1) for start in (0, 1))
+    n = near.shape[1]
+    for function in (lambda u: u, torch.square, lambda u: (u - 0.5).abs()):
+        both = torch.cat([function(words_to_uniform(w).double()) for w in (near, far)])  # [8, n]
+        assert torch.corrcoef(both)[:4, 4:].abs().max() < 4.5 / math.sqrt(n)
+    changed = (near ^ far)[..., None] >> torch.arange(32) & 1  # [4, n, 32]
+    assert (changed.double().mean(1) - 0.5).abs().max() < 4.5 * 0.5 / math.sqrt(n)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
