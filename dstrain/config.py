@@ -32,6 +32,10 @@ class ModelConfig:
         "what a block keeps for its backward: none = everything, attention = the attention's result, full = its inputs"
         " only, offload = these in host memory; a list is repeated over the blocks, e.g. [full, none]",
     )
+    kernel: Literal["auto", "reference", "triton", "compile"] = knob(
+        "auto",
+        "what runs between the matmuls: auto = Triton on GPUs, plain PyTorch elsewhere; compile = torch.compile of it",
+    )
     encoders: Literal["resident", "offload"] = knob(
         "resident", "where VAE and text encoder stay between uses: on the device, or in host memory"
     )
@@ -121,7 +125,7 @@ class ObjectiveConfig:
     std: float = knob(1.0, "of the logit (logit_normal)", low=1e-3, high=10)
     mode_scale: float = knob(1.29, "scale of the mode density (mode)", low=-1, high=1.75)
     weighting: Literal["none", "bell"] = knob("bell", "weight of the loss over sigma; bell as in DiffSynth")
-    kernel: Literal["auto", "reference", "triton"] = knob("auto", "fused Triton loss or plain PyTorch")
+    kernel: Literal["auto", "reference", "triton", "compile"] = knob("auto", "fused Triton loss or plain PyTorch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,8 @@ RULES: dict[Verdict, tuple[str, ...]] = {
         *("optimizer.lr", "optimizer.muon_lr", "optimizer.weight_decay", "optimizer.warmup_steps"),
         *("optimizer.schedule", "optimizer.decay_steps", "optimizer.min_lr_ratio"),
         # Where the work is done, and in what portions: the same sums, but for rounding.
-        *("model.activations", "model.encoders", "batch.tokens_per_pack", "objective.kernel", "ema.device"),
+        *("model.activations", "model.kernel", "model.encoders", "batch.tokens_per_pack", "objective.kernel"),
+        "ema.device",
         *("data.workers", "data.cache_dir", "data.cache_gb", "data.encoded_cache_mb"),
         # How many bad samples are borne. Which ones are bad, the data say.
         *("data.bad_samples", "data.max_bad_samples", "data.max_consecutive_bad"),

@@ -159,10 +159,11 @@ def prepare(
     family = PIPELINES.get(recipe.model.family)
     make_objective(recipe)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        choose(recipe.objective.kernel, device)
-    except ValueError as e:
-        raise ConfigError(f"objective.kernel: {e}") from None
+    for key, mode in (("objective.kernel", recipe.objective.kernel), ("model.kernel", recipe.model.kernel)):
+        try:
+            choose(mode, device)
+        except ValueError as e:
+            raise ConfigError(f"{key}: {e}") from None
     recipe = settle(recipe, ds_config, ds_path)
     bf16 = uses_bf16(ds_config, has_fast_bf16(device))
     check_writable(Path(recipe.run_dir))
@@ -229,6 +230,7 @@ def shape_transformer(pipeline: Pipeline, recipe: Recipe) -> DiT:
     """Build the transformer with what the recipe asks of it, on the current device, which should be meta."""
     model = pipeline.build_transformer()
     model.activations = tuple(recipe.model.activations)
+    model.kernel = recipe.model.kernel
     choose_trained(model, recipe.train.parameters, recipe.lora)
     return model
 

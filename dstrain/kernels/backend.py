@@ -17,6 +17,7 @@ except ImportError:
     triton: Any = None  # type: ignore[no-redef]
     tl: Any = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[no-redef]
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # asked once: torch.compile cannot look into it
 FLOATS = (torch.float32, torch.bfloat16)
 MODES = ("auto", "reference", "triton", "compile")
 
@@ -43,7 +44,7 @@ def choose(mode: str, device: torch.device) -> str:
             raise ValueError(
                 "mode 'triton' needs Triton, which is not installed: pip install triton, or mode 'reference'"
             )
-        if device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+        if device.type not in ("cuda", "meta") and not INTERPRETED:
             raise ValueError(
                 f"mode 'triton' cannot run on {device.type}: use mode 'reference', or set TRITON_INTERPRET=1 "
                 "before Triton is imported to run the kernels in its interpreter"

@@ -21,11 +21,14 @@ SUM_ROWS, SUM_COLUMNS = 128, 32  # of sums of chunks that a program adds up at a
 
 
 def norm_chunks(segments: Segments) -> Chunks:
-    """Chunks for the backward of the norms: two for each processor of the GPU at a time, and none of these idle."""
+    """Chunks for the backward of the norms: one for each processor of the GPU at a time, and none of these idle.
+
+    A program keeps its processor busy by fetching rows ahead; half the chunks are half the sums to write and read.
+    """
     device = segments.of_row.device
     cuda = device.type == "cuda"
     processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
-    return segments.chunks(_chunk_rows(segments.lengths, 2 * processors))
+    return segments.chunks(_chunk_rows(segments.lengths, processors))
 
 
 @lru_cache(maxsize=64)

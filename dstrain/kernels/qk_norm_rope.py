@@ -182,7 +182,7 @@ def qk_norm_rope_backward(
     dx = torch.empty_like(q_out), torch.empty_like(k_out)
     sizes = _sizes(q_out, places)
     width, d, groups = sizes["H"] * sizes["D"], sizes["D"], triton.cdiv(sizes["H"], sizes["HB"])
-    size = _chunk_rows(rows, 2 * groups, least=16, most=128)
+    size = _chunk_rows(rows, 2 * groups, least=32, most=128)
     before = triton.cdiv(first_rows, size)
     chunks = before + triton.cdiv(rows - first_rows, size)
     bias_partial = cos.new_empty((2, chunks, width) if wants_bias else 0)

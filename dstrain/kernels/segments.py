@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +38,8 @@ class Segments:
             raise ValueError(f"{len(lengths)} segments cannot be shared equally by {streams} streams")
         self.lengths, self.streams, self.device = tuple(lengths), streams, torch.device(device)
         self.ends = tuple(accumulate(self.lengths))
-        order = torch.arange(len(lengths), dtype=torch.int32)
-        self.of_row = order.repeat_interleave(torch.tensor(self.lengths)).to(device)  # [S] int32
+        of_row = np.repeat(np.arange(len(lengths), dtype=np.int32), self.lengths)
+        self.of_row = torch.from_numpy(of_row).to(device)  # [S] int32
         self._chunks: dict[int, Chunks] = {}
 
     def __len__(self) -> int:

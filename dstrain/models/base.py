@@ -18,6 +18,7 @@ class DiT(nn.Module):
     unused: frozenset[str] = frozenset()  # parameters of the checkpoint that feed nothing: kept, never trained
     width: int  # of the residual stream
     depth: int  # blocks
+    kernel: str = "auto"  # the face of what runs between the matmuls: kernels/backend.py
     activations: tuple[Activations, ...] = ("none",)  # what block i keeps for its backward: entry i, repeated
 
     @property

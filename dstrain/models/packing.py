@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dstrain.kernels.segments import Segments
+
 Shape = tuple[int, int, int]  # (frames, height, width) of one picture, in tokens
 
 
@@ -84,6 +86,21 @@ class PackLayout:
     def joint_lens(self) -> tuple[int, ...]:
         """Tokens of each sample, text and image together."""
         return tuple(i + t for i, t in zip(self.image_lens, self.text_lens))
+
+    @property
+    def stream_rows(self) -> tuple[int, int]:
+        """T and I."""
+        return sum(self.text_lens), sum(self.image_lens)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Of rows [S, ...], text in front of image: 2 N, the samples' texts and then their images."""
+        return Segments((*self.text_lens, *self.image_lens), self.joint_index.device, streams=2)
+
+    @cached_property
+    def image_segments(self) -> Segments:
+        """Of image rows [I, ...]: N, a sample each."""
+        return Segments(self.image_lens, self.joint_index.device)
 
     @cached_property
     def length_groups(self) -> tuple[Tensor, ...]:

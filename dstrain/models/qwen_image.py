@@ -5,17 +5,23 @@ Architecture: Qwen-Image technical report (arXiv 2508.02324). Parameters have th
 T text tokens, I image tokens, S = T + I, D width, H heads, d head width.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dstrain.errors import ConfigError
+from dstrain.kernels import dual_stream
 from dstrain.kernels.attention import packed_attention
+from dstrain.kernels.backend import choose
+from dstrain.kernels.dual_stream import Rotary, permute_rows
+from dstrain.kernels.gelu import gelu
+from dstrain.kernels.modulation import gated_norm_modulate, gated_residual, norm_modulate
+from dstrain.kernels.qk_norm_rope import qk_norm_rope
+from dstrain.kernels.timestep import timestep_embedding
 from dstrain.models.activations import run_blocks
 from dstrain.models.base import DiT
 from dstrain.models.packing import PackLayout
@@ -121,9 +127,10 @@ class QwenImageDiT(DiT):
         img = self.img_in(latents.to(dtype))  # [I, D]
         txt = self.txt_in(self.txt_norm(prompt_embeds.to(dtype)))  # [T, D]
         cond = F.silu(self.time_text_embed(sigmas, dtype))  # [N, D]
-        rotary = rotary_table(layout.positions, self.params.axes_dims_rope)
-        _, img = run_blocks(self.transformer_blocks, self.activations, (txt, img), (cond, rotary, layout))
-        return self.proj_out(self.norm_out(img, cond, layout.image_sample))
+        rotary = rotary_table(layout, self.params.axes_dims_rope)
+        rows = torch.cat([txt, img])  # [S, D]
+        (img,) = run_blocks(self.transformer_blocks, self.activations, (rows,), (cond, rotary, layout, self.kernel))
+        return self.proj_out(self.norm_out(img, cond, layout, self.kernel))
 
     @property
     def attention_length(self) -> int:
@@ -164,11 +171,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, sigmas: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed sigmas [N]; the sinusoids stay fp32, since bf16 would merge neighbouring timesteps. -> [N, D]."""
-        half = TIME_CHANNELS // 2
-        ramp = torch.arange(half, dtype=torch.float32, device=sigmas.device)
-        frequencies = torch.exp(-math.log(ROPE_BASE) * ramp / half)
-        angles = sigmas.float()[:, None] * frequencies * 1000.0  # [N, half]
-        return self.timestep_embedder(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        return self.timestep_embedder(timestep_embedding(sigmas.float(), TIME_CHANNELS, dtype=dtype))
 
 
 class TimestepMLP(nn.Module):
@@ -185,103 +188,130 @@ class TimestepMLP(nn.Module):
 
 
 class QwenImageBlock(nn.Module):
-    """Two streams, text and image, that meet in one attention."""
+    """Two streams, text and image, that meet in one attention. Their rows lie in one tensor, text in front."""
 
     def __init__(self, dim: int, heads: int, gelu: Gelu, *, last: bool) -> None:
         super().__init__()
         self.last = last
+        self.gelu = gelu
         # The SiLU in front of each modulation is applied once for all blocks, hence the Identity in its place.
         self.img_mod = nn.Sequential(nn.Identity(), nn.Linear(dim, 6 * dim))
         self.txt_mod = nn.Sequential(nn.Identity(), nn.Linear(dim, 6 * dim))
         self.attn = JointAttention(dim, heads)
-        self.img_mlp = FeedForward(dim, gelu)
-        self.txt_mlp = FeedForward(dim, gelu)
+        self.img_mlp = FeedForward(dim)
+        self.txt_mlp = FeedForward(dim)
 
-    def forward(
-        self, txt: Tensor, img: Tensor, cond: Tensor, rotary: tuple[Tensor, Tensor], layout: PackLayout
-    ) -> tuple[Tensor, Tensor]:
-        """txt [T, D], img [I, D], cond [N, D] -> the streams after the block (last: txt as it came)."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(cond).chunk(6, dim=-1)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(cond).chunk(6, dim=-1)
-        of_img, of_txt = layout.image_sample, layout.text_sample
-
-        txt_heads, img_heads = self.attn(
-            modulated_norm(txt, txt_shift1, txt_scale1, of_txt),
-            modulated_norm(img, img_shift1, img_scale1, of_img),
-            rotary,
-            layout,
-        )
-        img = img + img_gate1[of_img] * self.attn.to_out[0](img_heads)
-        img = img + img_gate2[of_img] * self.img_mlp(modulated_norm(img, img_shift2, img_scale2, of_img))
+    def forward(self, x: Tensor, cond: Tensor, rotary: Rotary, layout: PackLayout, kernel: str) -> tuple[Tensor]:
+        """x [S, D], cond [N, D] -> (x after the block,), of the last block the image rows only."""
+        tables = torch.cat([self.txt_mod(cond), self.img_mod(cond)])  # [2 N, 6 D]
+        if choose(kernel, x.device) == "triton" and self._holds_its_weights():
+            return (self._fused(x, tables, rotary, layout),)
+        shift1, scale1, gate1, shift2, scale2, gate2 = tables.chunk(6, dim=-1)
+        rows: tuple[int, ...] = layout.stream_rows
+        segments = layout.segments
+        y = norm_modulate(x, shift1, scale1, segments, EPS, kernel)
+        q, k, v = self.attn(y, rotary, rows, kernel)
+        heads = in_stream_order(packed_attention(q, k, v, layout).flatten(1), rotary)
+        out, mlp_in, mlp_out = self._behind_attention()
         if self.last:
-            return txt, img
-        txt = txt + txt_gate1[of_txt] * self.attn.to_add_out(txt_heads)
-        txt = txt + txt_gate2[of_txt] * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2, of_txt))
-        return txt, img
+            x, heads, rows, segments = x[rows[0] :], heads[rows[0] :], rows[1:], layout.image_segments
+            gate1, shift2, scale2, gate2 = (t[len(layout) :] for t in (gate1, shift2, scale2, gate2))
+        x, y = gated_norm_modulate(x, each(out, heads, rows), (), gate1, shift2, scale2, segments, EPS, kernel)
+        hidden = gelu(each(mlp_in, y, rows), (), rows, self.gelu, kernel)
+        return (gated_residual(x, each(mlp_out, hidden, rows), (), gate2, segments, kernel),)
+
+    def _behind_attention(self) -> tuple[Sequence[nn.Module], ...]:
+        """The projection and the perceptron's two layers, for text and image; of the last block for image only."""
+        text = self.attn.to_add_out, *self.txt_mlp.layers
+        image = self.attn.to_out[0], *self.img_mlp.layers
+        return tuple(pair[1:] if self.last else pair for pair in zip(text, image))
+
+    def _holds_its_weights(self) -> bool:
+        """Whether all layers are plain, and whole here: no adapters, and no ZeRO-3 that gathers them one by one."""
+        layers = [layer for group in (*self.attn.projections, *self._behind_attention()) for layer in group]
+        return all(type(m) is nn.Linear and m.weight.shape == (m.out_features, m.in_features) for m in layers)
+
+    def _fused(self, x: Tensor, tables: Tensor, rotary: Rotary, layout: PackLayout) -> Tensor:
+        """The same as `forward`, with the matmuls inside what autograd sees, so that less is kept."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = tables.chunk(6, dim=-1)
+        qkv, norms = self.attn.projections, [[m.weight for m in pair] for pair in self.attn.norms]
+        q, k, v, x = dual_stream.modulated_qkv(
+            x, shift1, scale1, weights(qkv), biases(qkv), norms, rotary, layout.segments, EPS
+        )
+        heads = in_stream_order(packed_attention(q, k, v, layout).flatten(1), rotary)
+        segments, behind = layout.segments, self._behind_attention()
+        if self.last:
+            segments, text = layout.image_segments, layout.stream_rows[0]
+            x, heads = x[text:], heads[text:]
+            gate1, shift2, scale2, gate2 = (t[len(layout) :] for t in (gate1, shift2, scale2, gate2))
+        (out_w, in_w, mlp_w), (out_b, in_b, mlp_b) = weights(behind), biases(behind)
+        x, hidden = dual_stream.gated_mlp_in(x, heads, gate1, shift2, scale2, out_w, out_b, in_w, segments, EPS)
+        return dual_stream.gated_mlp_out(x, hidden, gate2, in_b, mlp_w, mlp_b, segments, self.gelu)
 
 
 class JointAttention(nn.Module):
-    """Own projections and QK norms for each stream, one attention over both. The block calls the output projections."""
+    """Own projections and QK norms for each stream. The block calls the attention and the output projections."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (
-            nn.RMSNorm(dim // heads, eps=EPS) for _ in range(4)
-        )
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (NormWeight(dim // heads) for _ in range(4))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list because the checkpoint's key is to_out.0
         self.to_add_out = nn.Linear(dim, dim)
 
-    def forward(
-        self, txt: Tensor, img: Tensor, rotary: tuple[Tensor, Tensor], layout: PackLayout
-    ) -> tuple[Tensor, Tensor]:
-        """txt [T, D], img [I, D] -> the heads' results for each stream, before their output projections."""
-        split = (-1, (self.heads, txt.shape[-1] // self.heads))
-        order = layout.joint_index
-        q = torch.cat(
-            [
-                self.norm_added_q(self.add_q_proj(txt).unflatten(*split)),
-                self.norm_q(self.to_q(img).unflatten(*split)),
-            ]
+    @property
+    def projections(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """Of q, k and v: text's and image's."""
+        return (self.add_q_proj, self.to_q), (self.add_k_proj, self.to_k), (self.add_v_proj, self.to_v)
+
+    @property
+    def norms(self) -> tuple[tuple["NormWeight", "NormWeight"], ...]:
+        """Of q and k: text's and image's."""
+        return (self.norm_added_q, self.norm_q), (self.norm_added_k, self.norm_k)
+
+    def forward(self, y: Tensor, rotary: Rotary, rows: Sequence[int], kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+        """y [S, D], text rows in front -> q, k, v [S, H, d] in joint order, q and k normed and turned."""
+        q, k, v = (each(layers, y, rows).unflatten(-1, (self.heads, -1)) for layers in self.projections)
+        norm_q, norm_k = ([m() for m in pair] for pair in self.norms)
+        q, k = qk_norm_rope(
+            q, k, (), (), norm_q, norm_k, rotary.cos, rotary.sin, rotary.places, tuple(rows), EPS, kernel
         )
-        k = torch.cat(
-            [
-                self.norm_added_k(self.add_k_proj(txt).unflatten(*split)),
-                self.norm_k(self.to_k(img).unflatten(*split)),
-            ]
-        )
-        v = torch.cat([self.add_v_proj(txt), self.to_v(img)]).unflatten(*split)  # [S, H, d]
-        out = packed_attention(rotate(q[order], rotary), rotate(k[order], rotary), v[order], layout)
-        txt_heads, img_heads = out.flatten(1)[layout.joint_inverse].split([len(txt), len(img)])
-        return txt_heads, img_heads
+        return q, k, in_joint_order(v, rotary)
+
+
+class NormWeight(nn.Module):
+    """The weight of an RMSNorm that a kernel applies. Called, so that ZeRO-3 gathers it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self) -> Tensor:
+        """The weight [d], in memory of its own."""
+        return self.weight.clone()
 
 
 class FeedForward(nn.Module):
-    """Linear to 4 D, GELU, Linear back."""
+    """Linear to 4 D, GELU, Linear back: the layers that the block calls."""
 
-    def __init__(self, dim: int, gelu: Gelu) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GeluProjection(dim, gelu), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([GeluProjection(dim), nn.Identity(), nn.Linear(4 * dim, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, D] -> [n, D]."""
-        return self.net[2](self.net[0](x))
+    @property
+    def layers(self) -> tuple[nn.Module, nn.Module]:
+        """Both."""
+        return cast(GeluProjection, self.net[0]).proj, self.net[2]
 
 
 class GeluProjection(nn.Module):
-    """The first Linear with its activation: tanh as in diffusers, or x sigmoid(1.702 x) as in DiffSynth."""
+    """The first Linear of a perceptron, for the checkpoint's key."""
 
-    def __init__(self, dim: int, gelu: Gelu) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, 4 * dim)
-        self.gelu = gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, D] -> [n, 4 D]."""
-        h = self.proj(x)
-        return F.gelu(h, approximate="tanh") if self.gelu == "tanh" else h * torch.sigmoid(1.702 * h)
 
 
 class AdaLayerNormOut(nn.Module):
@@ -291,36 +321,47 @@ class AdaLayerNormOut(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, cond: Tensor, of_sample: Tensor) -> Tensor:
-        """x [I, D], cond [N, D], of_sample [I] -> [I, D]."""
+    def forward(self, x: Tensor, cond: Tensor, layout: PackLayout, kernel: str) -> Tensor:
+        """x [I, D], cond [N, D] -> [I, D]."""
         scale, shift = self.linear(cond).chunk(2, dim=-1)
-        return modulated_norm(x, shift, scale, of_sample)
+        return norm_modulate(x, shift, scale, layout.image_segments, EPS, kernel)
 
 
 QwenImageDiT.block_class = QwenImageBlock
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, of_sample: Tensor) -> Tensor:
-    """LayerNorm without affine, then (1 + scale) x + shift with the row of each token's sample.
-
-    x [n, D], shift and scale [N, D], of_sample [n]. Indexing (not index_select) because its backward on CUDA sorts
-    instead of adding atomically: reruns stay bit-identical.
-    """
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale)[of_sample] + shift[of_sample]
+def each(layers: Sequence[nn.Module], x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Call each stream's layer on its rows: [S, in] -> [S, out]."""
+    return torch.cat([layer(part) for layer, part in zip(layers, x.split(list(rows)))])
 
 
-def rotary_table(positions: Tensor, axes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [S, 1, d / 2] fp32 for positions [S, 3]; each axis turns its own share of the channels."""
+def weights(groups: Sequence[Sequence[nn.Module]]) -> list[list[Tensor]]:
+    """The weights of groups of Linear layers."""
+    return [[cast(nn.Linear, m).weight for m in group] for group in groups]
+
+
+def biases(groups: Sequence[Sequence[nn.Module]]) -> list[list[Tensor]]:
+    """The biases of groups of Linear layers."""
+    return [[cast(nn.Linear, m).bias for m in group] for group in groups]
+
+
+def in_joint_order(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rows [S, ...], text in front, in the order that attention works in."""
+    return x if rotary.rows is None or rotary.places is None else permute_rows(x, rotary.rows, rotary.places)
+
+
+def in_stream_order(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rows [S, ...] of the joint order with text in front again."""
+    return x if rotary.rows is None or rotary.places is None else permute_rows(x, rotary.places, rotary.rows)
+
+
+def rotary_table(layout: PackLayout, axes: tuple[int, int, int]) -> Rotary:
+    """Cosines and sines of the layout's positions; each axis turns its own share of the channels."""
     angles = []
     for axis, dim in enumerate(axes):
-        ramp = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-        angles.append(positions[:, axis, None].float() * (1.0 / ROPE_BASE**ramp))
-    table = torch.cat(angles, dim=-1)[:, None]
-    return table.cos(), table.sin()
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn neighbouring channel pairs of x [S, H, d] by the angles of their token, in fp32."""
-    cos, sin = rotary
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+        ramp = torch.arange(0, dim, 2, dtype=torch.float32, device=layout.positions.device) / dim
+        angles.append(layout.positions[:, axis, None].float() * (1.0 / ROPE_BASE**ramp))
+    table = torch.cat(angles, dim=-1)  # [S, d / 2]
+    if len(layout) == 1:  # text in front of image is the joint order
+        return Rotary(table.cos(), table.sin())
+    return Rotary(table.cos(), table.sin(), layout.joint_inverse, layout.joint_index)

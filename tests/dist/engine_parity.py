@@ -50,7 +50,10 @@ PATTERNS = {"blocks": ["transformer_blocks.*", "!*_mod.*"]}
 
 
 def make(what: str = "full", params: QwenImageParams = PARAMS) -> QwenImageDiT:
+    """The model as `what` trains it; "lora triton" is "lora" with the kernels, interpreted."""
     model = QwenImageDiT(params)
+    what, _, kernel = what.partition(" ")
+    model.kernel = kernel or "reference"
     model.activations = ("full", "none", "attention")
     choose_trained(model, PATTERNS.get(what, ["*"]), LORAS.get(what, LORAS["full"]))
     return model
@@ -76,6 +79,7 @@ def plain_copy(what: str = "full", params: QwenImageParams = PARAMS) -> QwenImag
         model = make(what, params)
     trained = {n: p.requires_grad for n, p in model.named_parameters()}
     model.to_empty(device="cpu")
+    model.kernel = "reference"
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.copy_(fill(plain_name(n), p.shape, 0, p.numel()).view(p.shape))

@@ -25,6 +25,8 @@ def cases(stages, *what):
         (2, ["full"], 6, list(STAGES)),
         (2, ["lora", "dora", "blocks"], 4, ["zero2", "zero3_offload"]),
         (4, ["full"], 4, ["zero3_offload"]),
+        (2, ["full triton"], 2, ["zero3_offload"]),
+        pytest.param(2, ["full triton", "lora triton"], 4, ["zero2", "zero3", "zero3_offload"], marks=pytest.mark.soak),
         pytest.param(1, ["full", "lora"], 6, list(STAGES), marks=pytest.mark.soak),
         pytest.param(2, ["full", "lora", "dora", "blocks"], 20, list(STAGES), marks=pytest.mark.soak),
         pytest.param(4, ["full", "lora"], 6, list(STAGES), marks=pytest.mark.soak),

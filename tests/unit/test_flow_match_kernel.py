@@ -382,7 +382,7 @@ def test_the_dispatcher_chooses_by_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert choose("auto", cpu) == choose("reference", cpu) == choose("reference", cuda) == "reference"
     assert choose("auto", cuda) == choose("triton", cuda) == "triton"
-    monkeypatch.setattr(backend.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"mode 'triton' cannot run on cpu.*TRITON_INTERPRET=1"):
         choose("triton", cpu)
 

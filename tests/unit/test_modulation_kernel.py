@@ -203,7 +203,6 @@ def test_same_gradients_under_activation_checkpointing(device, op):
 @DEVICES
 @OPS
 def test_in_a_compiled_function(device, op, monkeypatch):
-    monkeypatch.setattr(modulation, "choose", lambda mode, device: mode)  # asks about the interpreter, off the GPU
     case = Case((4, 3), 1, 1, 16, device)
     case.run(op, "triton")  # the chunks are laid out once, on the host
     torch._dynamo.reset()

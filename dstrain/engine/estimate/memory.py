@@ -13,11 +13,12 @@ from dstrain.engine.estimate.load import Load
 from dstrain.engine.estimate.machine import Machine
 from dstrain.engine.estimate.plan import Plan
 
-# Bytes for a token and unit of width in bf16, counted over the Qwen-Image block: kept for the backward without
-# checkpointing, with its inputs alone, with the attention's result besides; taken by what is passing in a backward;
-# kept by what comes before and behind the blocks.
-BLOCK, INPUTS, ATTENTION, BACKWARD, ENDS = 66.1, 2.0, 4.03, 12.0, 8.0
-KEEPS = {"none": BLOCK, "attention": ATTENTION, "full": INPUTS, "offload": 0.0}
+# Bytes for a token and unit of width in bf16, counted over the Qwen-Image block with its kernels
+# (benchmarks/block_traffic.py): kept for the backward without checkpointing, the same with adapters on its layers, with
+# its inputs alone, with the attention's result besides; taken by what is passing in a backward (the perceptron's hidden
+# rows, thrice); kept by what comes before and behind the blocks.
+BLOCK, ADAPTED, INPUTS, ATTENTION, BACKWARD, ENDS = 26.1, 34.4, 2.0, 4.03, 24.0, 4.4
+PIECE = 10 / 36  # of a block's matrices: those whose gradients come out of one piece of it together
 
 STATES = ("weights", "gradients", "master weights", "optimizer", "EMA")  # there from step to step, in this order
 
@@ -105,8 +106,10 @@ def _activations(plan: Plan, load: Load) -> tuple[float, float]:
     policies = [plan.choice.activations[i % len(plan.choice.activations)] for i in range(load.depth)]
     policies[-1] = "full" if policies[-1] == "offload" else policies[-1]
     away = policies.count("offload")
-    kept = list(accumulate(KEEPS[policy] for policy in policies))  # when the backward of block i begins
-    live = [k + (0.0 if policy == "none" else BLOCK) for k, policy in zip(kept, policies)]
+    block = BLOCK if load.trained > load.frozen else ADAPTED
+    keeps = {"none": block, "attention": ATTENTION, "full": INPUTS, "offload": 0.0}
+    kept = list(accumulate(keeps[policy] for policy in policies))  # when the backward of block i begins
+    live = [k + (0.0 if policy == "none" else block) for k, policy in zip(kept, policies)]
     peak = max(kept[-1] + ENDS, max(live) + BACKWARD) + INPUTS * min(2, away)
     return unit * peak, unit * INPUTS * away
 
@@ -114,7 +117,11 @@ def _activations(plan: Plan, load: Load) -> tuple[float, float]:
 def _buffers(plan: Plan, load: Load, activations: float) -> dict[str, float]:
     word, t = plan.word, load.trained
     weights = word * (load.frozen + t) + load.stored
-    buckets, passing, gathered = float(word * min(plan.bucket, t)), float(word * min(load.largest, t)), 0.0
+    buckets, passing, gathered = (
+        float(word * min(plan.bucket, t)),
+        float(word * min(max(load.largest, PIECE * load.block), t)),
+        0.0,
+    )
     if plan.stage == 3:
         buckets = float(word * plan.bucket)  # allocated whole, however little trains
         live = min(load.parameters, max(load.block, plan.live))

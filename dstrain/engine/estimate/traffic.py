@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from dstrain.engine.estimate.load import Load
 from dstrain.engine.estimate.machine import Machine
-from dstrain.engine.estimate.memory import KEEPS
 from dstrain.engine.estimate.plan import Plan
 
 ADAM_BYTES = 46  # of DRAM for a parameter: clipping 8, AdamW 28, casts and copies 10
-LAUNCHES = (121, 202)  # kernels of an eager block: forward, backward
-LAUNCH = 6e-6  # seconds of the host for a kernel
+LAUNCHES = (24, 48)  # kernels of a block: forward, backward; its operators cost the host more than a launch alone
+LAUNCH = 2e-5  # seconds of the host for a kernel
 HOOK = 1e-4  # seconds of the host for a tensor that ZeRO-3 gathers, a block at a time
 OVERLAP = 0.8  # of the compute time under which transfers can hide
 
@@ -83,8 +82,9 @@ def traffic(plan: Plan, load: Load, machine: Machine) -> Traffic:
 def _share(plan: Plan, load: Load, *policies: str) -> float:
     """Share of the blocks that are recomputed; "full" stands for all policies that do."""
     chosen = [plan.choice.activations[i % len(plan.choice.activations)] for i in range(load.depth)]
-    wanted = set(KEEPS) - {"none"} if policies == ("full",) else set(policies)
-    return sum(policy in wanted for policy in chosen) / load.depth
+    if policies == ("full",):
+        return sum(policy != "none" for policy in chosen) / load.depth
+    return sum(policy in policies for policy in chosen) / load.depth
 
 
 def _recomputed(plan: Plan, load: Load) -> float:

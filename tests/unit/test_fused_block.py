@@ -1,0 +1,168 @@
+"""The whole DiT with fused kernels against the same in plain PyTorch: results, gradients, and a training."""
+
+import importlib.util
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import DEVICES
+from torch.nn.functional import mse_loss
+
+from dstrain.models.packing import PackLayout
+from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
+
+ROOT = Path(__file__).parents[2]
+PARAMS = QwenImageParams(
+    num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(8, 12, 12)
+)
+PACKS = {
+    "one sample": ([[(1, 3, 5)]], [4]),
+    "one token each": ([[(1, 1, 1)]], [1]),
+    "three samples": ([[(1, 3, 5)], [(1, 1, 1)], [(1, 2, 4), (1, 2, 2)]], [4, 7, 1]),
+}
+
+
+def model(device, dtype, seed=0):
+    torch.manual_seed(seed)
+    dit = QwenImageDiT(PARAMS)
+    for p in dit.parameters():  # no gate or bias is zero, so no branch hides
+        torch.nn.init.normal_(p, std=0.1)
+    return dit.to(device, dtype)
+
+
+def case(pack, device, dtype, seed=1):
+    shapes, texts = PACKS[pack]
+    layout = PackLayout.build(shapes, texts, device)
+    g = torch.Generator().manual_seed(seed)
+    latents = torch.randn(sum(layout.image_lens), 64, generator=g).to(device)
+    embeds = torch.randn(sum(texts), 48, generator=g).to(device, dtype)
+    target = torch.randn(len(latents), 64, generator=g).to(device)
+    return latents, embeds, torch.rand(len(layout), generator=g).to(device), layout, target
+
+
+def step(dit, kernel, latents, embeds, sigmas, layout, target):
+    """Loss, and gradients of the embeddings and of all parameters by name."""
+    dit.kernel = kernel
+    dit.zero_grad()
+    embeds = embeds.detach().requires_grad_()
+    loss = mse_loss(dit(latents, embeds, sigmas, layout).float(), target)
+    loss.backward()
+    grads = {name: p.grad for name, p in dit.named_parameters() if name not in dit.unused and p.requires_grad}
+    return loss.detach(), {"embeds": embeds.grad, **grads}
+
+
+def gap(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12)).item()
+
+
+@DEVICES
+@pytest.mark.parametrize("pack", PACKS)
+def test_loss_and_every_gradient(pack, device):
+    dit, batch = model(device, torch.float32), case(pack, device, torch.float32)
+    want_loss, want = step(dit, "reference", *batch)
+    loss, grads = step(dit, "triton", *batch)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    assert grads.keys() == want.keys()
+    far = {name: round(g, 8) for name in want if (g := gap(grads[name], want[name])) > 2e-5}
+    assert not far
+
+
+@DEVICES
+def test_bf16_is_as_near_to_fp32_as_plain_pytorch_is(device):
+    dit = model(device, torch.bfloat16)
+    batch = case("three samples", device, torch.bfloat16)
+    exact = deepcopy(dit).float()
+    latents, embeds, *rest = batch
+    _, want = step(exact, "reference", latents, embeds.float(), *rest)
+    _, plain = step(dit, "reference", *batch)
+    _, fused = step(dit, "triton", *batch)
+    for name in want:
+        assert gap(fused[name], want[name]) < 2 * gap(plain[name], want[name]) + 2e-2, name
+
+
+@DEVICES
+@pytest.mark.parametrize("steps", [5, pytest.param(50, marks=pytest.mark.soak)])
+def test_a_training_agrees(device, steps):
+    losses = {}
+    for kernel in ("reference", "triton"):
+        dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
+        optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-3)
+        losses[kernel] = []
+        for _ in range(steps):
+            losses[kernel].append(step(dit, kernel, *batch)[0].item())
+            optimizer.step()
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=2e-3)
+    assert losses["triton"][-1] < losses["triton"][0] * (0.7 if steps == 50 else 1)
+
+
+@DEVICES
+@pytest.mark.parametrize("activations", ["full", "attention", "offload"])
+def test_recomputation_changes_no_bit(activations, device):
+    dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
+    want_loss, want = step(dit, "triton", *batch)
+    dit.activations = (activations,)
+    loss, grads = step(dit, "triton", *batch)
+    assert torch.equal(loss, want_loss)
+    assert all(torch.equal(grads[name], want[name]) for name in want)
+
+
+@DEVICES
+@pytest.mark.parametrize("trained", ["attn.to_", "img_mlp", "norm_", "_mod.", ".bias", "net.2.weight"])
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(trained, device):
+    dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
+    _, want = step(dit, "triton", *batch)
+    for name, p in dit.named_parameters():
+        p.requires_grad_(trained in name)
+    dit.zero_grad(set_to_none=True)
+    _, grads = step(dit, "triton", *batch)
+    assert len(grads) > 2
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-5, atol=1e-9, msg=name)
+    assert all(p.grad is None for p in dit.parameters() if not p.requires_grad)
+
+
+@DEVICES
+def test_layers_that_are_wrapped_are_called(device):
+    """As adapters are: then the pieces with matmuls inside step back, and the kernels between stay."""
+    dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
+    want_loss, want = step(dit, "reference", *batch)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x)
+
+    wrapped = [Wrapped(block.attn.to_q) for block in dit.transformer_blocks]
+    for block, layer in zip(dit.transformer_blocks, wrapped):
+        block.attn.to_q = layer
+    loss, grads = step(dit, "triton", *batch)
+    assert [layer.calls for layer in wrapped] == [1, 1]
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    for name, grad in grads.items():
+        assert gap(grad, want[name.replace(".inner", "")]) < 2e-5, name
+
+
+@DEVICES
+def test_a_frozen_model_gives_gradients_to_its_inputs(device):
+    dit, batch = model(device, torch.float32), case("one sample", device, torch.float32)
+    _, want = step(dit, "triton", *batch)
+    dit.requires_grad_(False)
+    _, grads = step(dit, "triton", *batch)
+    assert grads.keys() == {"embeds"}
+    assert torch.equal(grads["embeds"], want["embeds"])
+
+
+def test_the_block_keeps_little_and_moves_little():
+    """The figures of benchmarks/block_traffic.py, which are exact, on one sample and at full size."""
+    spec = importlib.util.spec_from_file_location("block_traffic", ROOT / "benchmarks/block_traffic.py")
+    traffic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(traffic)
+    counted = traffic.ours([(4096, 512)], "triton", 3072, 24)
+    assert counted["traffic"] <= 60
+    assert counted["kept"] <= 14
+    assert counted["launches"] <= 30
