@@ -5,10 +5,11 @@ A knob knows its default, what it is for, and its range; the rest follows from i
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, field
 from typing import Any, Literal, TypeVar
 
@@ -27,8 +28,12 @@ def knob(default: Any, about: str, *, low: float | None = None, high: float | No
     return field(default=default, metadata=metadata)
 
 
-def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
-    """Make dataclass `cls` from a mapping, refusing unknown keys, missing keys, wrong types and values out of range."""
+def build(cls: type[T], values: Any, where: str, prefix: str = "", root: type | None = None) -> T:
+    """Make dataclass `cls` from a mapping, refusing unknown keys, missing keys, wrong types and values out of range.
+
+    `root` is the dataclass of the whole tree, in which an unknown key is looked for if the section has none like it.
+    """
+    root = root or cls
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'recipe'} must be a mapping, not {values!r}")
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -36,7 +41,7 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"{where}: unknown key {prefix + str(key)!r}{did_you_mean(str(key), known)}"
+                f"{where}: unknown key {prefix + str(key)!r}{_hint(str(key), known, root)}"
                 f" (known here: {', '.join(known)})"
             )
     given: dict[str, Any] = {}
@@ -45,7 +50,7 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
         if name in values:
             value = values[name]
             if dataclasses.is_dataclass(kind):
-                given[name] = build(typing.cast(type, kind), {} if value is None else value, where, key + ".")
+                given[name] = build(typing.cast(type, kind), {} if value is None else value, where, key + ".", root)
             else:
                 given[name] = _coerce(value, kind, f.metadata, f"{where}: {key}")
         elif f.default is MISSING and f.default_factory is MISSING:
@@ -55,6 +60,24 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
         return cls(**given)
     except ConfigError as e:  # of values that do not go together
         raise ConfigError(f"{where}: {e}") from None
+
+
+def _hint(key: str, known: Iterable[str], root: type) -> str:
+    """What may have been meant: the nearest name of the section or, with its whole key, of the tree."""
+    names = _everywhere(root) | {name: name for name in known}
+    near = difflib.get_close_matches(key, names, n=1)
+    return f", did you mean {names[near[0]]!r}?" if near else ""
+
+
+def _everywhere(cls: type, prefix: str = "") -> dict[str, str]:
+    """Names of all knobs of a tree, with their whole keys; of two with one name the first."""
+    found: dict[str, str] = {}
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        key, kind = prefix + f.name, hints[f.name]
+        below = _everywhere(typing.cast(type, kind), key + ".") if dataclasses.is_dataclass(kind) else {f.name: key}
+        found = below | found
+    return found
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,24 @@ def test_defaults_and_overrides(tmp_path):
     assert build(Recipe, to_dict(r), "again") == r
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "meant"),
+    [
+        ("train", "lr", "optimizer.lr"),
+        (None, "lr", "optimizer.lr"),
+        ("model", "rank", "lora.rank"),
+        ("train", "stepz", "steps"),
+        ("train", "max_pixel", "data.max_pixels"),
+        ("data", "global_batch_sizes", "batch.global_batch_size"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_found_in_the_right_one(section, key, meant):
+    tree = {name: dict(value) if isinstance(value, dict) else value for name, value in LEAST.items()}
+    (tree[section] if section else tree)[key] = 1
+    with pytest.raises(ConfigError, match=f"unknown key .*did you mean '{meant}'"):
+        build(Recipe, tree, "recipe.yaml")
+
+
 def test_one_shard_need_not_be_a_list():
     assert recipe(data={"shards": "folder"}).data.shards == ["folder"]
 
