@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, on one machine that has one: correctness of what only runs there, then the figures.
 #
-#   bash benchmarks/gpu.sh [RESULTS FOLDER]      about fifteen minutes; 16 of Qwen-Image's 60 blocks need 80 GB
+#   bash benchmarks/gpu.sh [RESULTS FOLDER]      about twenty-five minutes; 16 of Qwen-Image's 60 blocks need 80 GB
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export DSTRAIN_EXTRAS="test bench"
@@ -12,6 +12,7 @@ mkdir -p "$out"
 python -m pytest -m gpu tests
 
 name="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '__')"
+python benchmarks/fused_kernels.py --out "$out/$name-fused_kernels.json" --plot "$out/$name-fused_kernels.png"
 step() { # name of the figure, ds_config, arguments
     deepspeed --num_accelerators 1 benchmarks/train_step.py --ds_config "ds_configs/$2.json" \
         --out "$out/$name-$1.json" "${@:3}"
