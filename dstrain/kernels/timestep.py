@@ -71,25 +71,24 @@ def timestep_embedding(
     dtype: torch.dtype = torch.float32,
     mode: str = "auto",
 ) -> Tensor:
-    """Return [N, channels] in `dtype`, fp32 or bf16: cosines, then sines, of fp32 sigmas [N]; not differentiable.
+    """Return [N, channels] in `dtype`, fp32 or bf16: cosines, then sines, of fp32 sigmas [N].
 
-    `mode` is "auto" (Triton on CUDA, the reference elsewhere), "reference", "triton" or "compile". Raises ValueError
-    that names the argument for a wrong shape, dtype, device or stride, for sigmas that require a gradient, for channels
-    that are not an even number of at least 2, and for a base that is not positive.
+    `mode` is "auto" (Triton on CUDA, the reference elsewhere), "reference", "triton" or "compile"; sigmas that require
+    a gradient, which training never wants, get the reference. Raises ValueError that names the argument for a wrong
+    shape, dtype, device or stride, for channels that are not an even number of at least 2, and for a base that is not
+    positive.
     """
     face = choose(mode, sigmas.device)
     if sigmas.ndim != 1 or len(sigmas) == 0:
         raise ValueError(f"sigmas must have shape [samples], at least 1, got {list(sigmas.shape)}")
     check_tensor("sigmas", sigmas, sigmas.shape, (torch.float32,), sigmas.device)
-    if sigmas.requires_grad:
-        raise ValueError("sigmas must not require a gradient: there is none with respect to sigma")
     if channels < 2 or channels % 2:
         raise ValueError(f"channels must be an even number of at least 2, got {channels}")
     if not base > 0:
         raise ValueError(f"base must be positive, got {base}")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
-    if face == "triton":
+    if face == "triton" and not (sigmas.requires_grad and torch.is_grad_enabled()):
         return timestep_embedding_forward(sigmas, channels, scale, base, dtype)
     reference = compiled(timestep_embedding_reference) if face == "compile" else timestep_embedding_reference
     return reference(sigmas, channels, scale, base, dtype)

@@ -12,6 +12,7 @@ import os
 import select
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -90,7 +91,11 @@ def run(train, order: dict) -> None:
                 code = ranks.main(*order["call"])
             else:
                 code = train.main(order["argv"])
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
+            sys.stderr.flush()
             os._exit(code)
 
 

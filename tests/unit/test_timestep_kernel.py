@@ -99,7 +99,6 @@ BAD = {
     "sigmas must have shape \\[samples\\], at least 1, got \\[2, 1\\]": {"sigmas": torch.zeros(2, 1)},
     "sigmas must be float32, got bfloat16": {"sigmas": torch.zeros(2, dtype=torch.bfloat16)},
     "sigmas must be contiguous": {"sigmas": torch.zeros(4)[::2]},
-    "sigmas must not require a gradient": {"sigmas": torch.zeros(2, requires_grad=True)},
     "channels must be an even number of at least 2, got 7": {"channels": 7},
     "channels must be an even number of at least 2, got 0": {"channels": 0},
     "base must be positive, got 0": {"base": 0.0},
@@ -127,3 +126,15 @@ for kind, half, block in (("*bf16", 128, 128), ("*fp32", 3, 4)):
     # The GPU's own fp32 sine is off by more than an angle is.
     assert "sin.approx" not in code and "ex2.approx" not in code
 """)
+
+
+@DEVICES
+def test_sigmas_that_require_a_gradient_have_one(device):
+    sigmas = torch.tensor([0.2, 0.9], device=device, requires_grad=True)
+    wanted = timestep_embedding_reference(sigmas.detach().double().requires_grad_(), 8, 1.0, 10.0, torch.float64)
+    out = timestep_embedding(sigmas, 8, scale=1.0, base=10.0, mode="triton")
+    torch.testing.assert_close(out, wanted.float())
+    (grad,) = torch.autograd.grad(out.sum(), sigmas)
+    frequencies = 10.0 ** (-torch.arange(4, device=device) / 4)
+    angles = sigmas.detach()[:, None] * frequencies
+    torch.testing.assert_close(grad, (frequencies * (angles.cos() - angles.sin())).sum(1))
