@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from torch import Tensor, nn
 
 from dstrain.engine.ds_rules import offload, stage
@@ -157,7 +157,11 @@ def build_engine(
             values = fill(name, meta.shape, 0, meta.numel()).view(meta.shape)
             values = values.to(device, dtype if meta.is_floating_point() else meta.dtype)
             setattr(owner, leaf, nn.Parameter(values, requires_grad=meta.requires_grad))
-    return Engine(module, config, ema_decay=ema_decay, ema_on_cpu=ema_on_cpu)
+    engine = Engine(module, config, ema_decay=ema_decay, ema_on_cpu=ema_on_cpu)
+    for block in module.modules():
+        if isinstance(block, module.block_class):
+            block.gathered = stage(config) < 3 or z3_leaf_module(block)  # type: ignore[assignment]
+    return engine
 
 
 def _parameters(module: nn.Module) -> Iterable[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -22,9 +22,13 @@ FLOATS = (torch.float32, torch.bfloat16)
 MODES = ("auto", "reference", "triton", "compile")
 
 
+# Arguments that count tokens change with every pack: a kernel is not compiled anew where one is 1 or a multiple of 16.
+COUNTS = ["rows", "first", "size", "chunks", "before", "tokens", "samples", "segments", "each"]
+
+
 def jit(kernel: Any) -> Any:
     """`triton.jit`, or the bare function where Triton is not installed, so that kernel files import anywhere."""
-    return triton.jit(kernel) if triton is not None else kernel
+    return triton.jit(kernel, do_not_specialize=COUNTS) if triton is not None else kernel
 
 
 def choose(mode: str, device: torch.device) -> str:

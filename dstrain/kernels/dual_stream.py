@@ -10,7 +10,8 @@ A block on rows x [S, D], text rows in front of image rows, with tables of shift
 Between the matmuls one kernel passes over memory. Kept for the backward, in units of a row of D: x, its modulated
 norm, q, k, v, a, the out projection, x again, the MLP's hidden row before its GELU (4) and its result: 13. The second
 norm and the GELU are made again in passes that read their inputs anyway. Biases are added, and their gradients summed,
-in the same passes, so that the matmuls have none. Gradients of Q, K and V meet in their matmul's accumulator.
+in the same passes, but for V's, which its matmul adds. The gradients of what Q, K and V share are added up by the
+matmuls that make them.
 
 The weights are used directly: under ZeRO-3 the block must be gathered as one (a leaf module).
 """
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dstrain.kernels.gelu import gelu_backward, gelu_forward
+from dstrain.kernels.backend import check_tensor
+from dstrain.kernels.gelu import FORMS, gelu_backward, gelu_forward
+from dstrain.kernels.modulation import check_rows, chunk_index
 from dstrain.kernels.modulation_ops import (
     gated_norm_modulate_backward,
     gated_norm_modulate_forward,
@@ -38,6 +41,7 @@ from dstrain.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_for
 from dstrain.kernels.segments import Segments
 
 Streams = Sequence[Tensor]  # one tensor a stream: of weights, biases
+Index = tuple[Tensor, Tensor, Tensor]  # of segments: modulation.chunk_index
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _matmul(x: Tensor, weights: Streams, rows: Sequence[int], biases: Streams = 
 
 
 def _grad_x(grads: Sequence[Tensor], weights: Sequence[Streams], rows: Sequence[int]) -> Tensor:
-    """The gradient of what several matmuls share: the sum over them, taken in the accumulator."""
+    """The gradient of what several matmuls share: each matmul adds to the result of the one before."""
     out = grads[0].new_empty(len(grads[0]), weights[0][0].shape[1])
     for which, (grad, ws) in enumerate(zip(grads, weights)):
         for part, into, weight in zip(grad.split(list(rows)), out.split(list(rows)), ws):
@@ -113,14 +117,34 @@ def modulated_qkv(
     x [S, D]; shift, scale [M, D]; weights and biases of q, k and v, and norms of q and k, one a stream. The x that is
     returned is the one given: what comes back for it joins the gradient in the kernel that writes it anyway.
     """
+    check_rows(segments, {"x": x}, {"shift": shift, "scale": scale}, ())
+    _check_streams(segments, "weights", weights, x, (x.shape[1], x.shape[1]))
+    _check_streams(segments, "biases", biases, x, (x.shape[1],))
+    d = norms[0][0].numel()
+    _check_streams(segments, "norms", norms, x, (d,))
+    if d < 2 or d % 2 or x.shape[1] % d:
+        raise ValueError(f"norms must have an even width that divides {x.shape[1]}, got {d}")
+    for name, table in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):
+        check_tensor(name, table, (len(x), d // 2), (torch.float32,), x.device)
+    for name, index in (("rotary.places", rotary.places), ("rotary.rows", rotary.rows)):
+        if index is not None:
+            check_tensor(name, index, (len(x),), (torch.int64,), x.device)
     flat = [t for group in (*weights, *biases, *norms) for t in group]
-    return _ModulatedQkv.apply(segments, rotary, eps, x, shift, scale, *flat)
+    return _ModulatedQkv.apply(segments, chunk_index(segments, norm_chunks), rotary, eps, x, shift, scale, *flat)
 
 
 class _ModulatedQkv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, segments: Segments, rotary: Rotary, eps: float, x: Tensor, shift: Tensor, scale: Tensor, *flat: Tensor
+        ctx: Any,
+        segments: Segments,
+        index: Index,
+        rotary: Rotary,
+        eps: float,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        *flat: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, rows = segments.streams, segments.stream_rows
         wq, wk, wv, bq, bk, bv, nq, nk = _groups(flat, n)
@@ -133,7 +157,7 @@ class _ModulatedQkv(torch.autograd.Function):
         if rotary.rows is not None:
             v = v.index_select(0, rotary.rows)
         v = v.unflatten(1, (-1, d))
-        ctx.segments, ctx.rotary = segments, rotary
+        ctx.segments, ctx.index, ctx.rotary = segments, index, rotary
         ctx.save_for_backward(x, y, mean, rstd, shift, scale, q, k, q_rstd, k_rstd, *flat)
         return q, k, v, x.view_as(x)
 
@@ -144,7 +168,7 @@ class _ModulatedQkv(torch.autograd.Function):
         segments, rotary = ctx.segments, ctx.rotary
         n, rows = segments.streams, segments.stream_rows
         wq, wk, wv, bq, _, _, nq, nk = _groups(flat, n)
-        wanted = _groups(ctx.needs_input_grad[6:], n)
+        wanted = _groups(ctx.needs_input_grad[7:], n)
         bias_dtype = bq[0].dtype if any(wanted[3] + wanted[4]) else None
         dq, dk, *sums = qk_norm_rope_backward(
             dq, dk, q, k, q_rstd, k_rstd, nq, nk, rotary.cos, rotary.sin,
@@ -154,15 +178,22 @@ class _ModulatedQkv(torch.autograd.Function):
         if rotary.places is not None:
             dv = dv.index_select(0, rotary.places)
         dy = _grad_x((dq, dk, dv), (wq, wk, wv), rows)
-        chunks, tables = norm_chunks(segments), any(ctx.needs_input_grad[4:6])
-        index = segments.of_row, chunks.bounds, chunks.starts
+        tables = any(ctx.needs_input_grad[5:7])
         dx, dshift, dscale, _ = norm_modulate_backward(
-            dy, x, mean, rstd, shift, scale, *index, residual.contiguous(), False, tables
+            dy, x, mean, rstd, shift, scale, *ctx.index, residual.contiguous(), False, tables
         )
         dbv = [part.sum(0) if want else None for part, want in zip(dv.split(list(rows)), wanted[5])]
         grads = [_grad_weights(g, y, rows, want) for g, want in zip((dq, dk, dv), wanted)]
         grads += [*map(_each, sums[:2], wanted[3:5]), dbv, *map(_each, sums[2:], wanted[6:])]
-        return None, None, None, dx, *_each((dshift, dscale), [tables] * 2), *(g for group in grads for g in group)
+        return (
+            None,
+            None,
+            None,
+            None,
+            dx,
+            *_each((dshift, dscale), [tables] * 2),
+            *(g for group in grads for g in group),
+        )
 
 
 def gated_mlp_in(
@@ -181,7 +212,12 @@ def gated_mlp_in(
 
     x [S, D]; heads [S, D] in the order of x; gate, shift, scale [M, D]; weights and biases one a stream.
     """
-    return _GatedMlpIn.apply(segments, eps, x, heads, gate, shift, scale, *out_weights, *out_biases, *in_weights)
+    check_rows(segments, {"x": x, "heads": heads}, {"gate": gate, "shift": shift, "scale": scale}, out_biases)
+    _check_streams(segments, "out_weights", [out_weights], x, (x.shape[1], x.shape[1]))
+    _check_streams(segments, "out_biases", [out_biases], x, (x.shape[1],))
+    _check_streams(segments, "in_weights", [in_weights], x, (len(in_weights[0]), x.shape[1]))
+    index = chunk_index(segments, norm_chunks)
+    return _GatedMlpIn.apply(segments, index, eps, x, heads, gate, shift, scale, *out_weights, *out_biases, *in_weights)
 
 
 class _GatedMlpIn(torch.autograd.Function):
@@ -189,6 +225,7 @@ class _GatedMlpIn(torch.autograd.Function):
     def forward(
         ctx: Any,
         segments: Segments,
+        index: Index,
         eps: float,
         x: Tensor,
         heads: Tensor,
@@ -201,7 +238,7 @@ class _GatedMlpIn(torch.autograd.Function):
         out_w, out_b, in_w = _groups(flat, n)
         h = _matmul(heads, out_w, rows)
         x, y, mean, rstd = gated_norm_modulate_forward(x, h, out_b, gate, shift, scale, segments.of_row, n, eps)
-        ctx.segments = segments
+        ctx.segments, ctx.index = segments, index
         ctx.save_for_backward(heads, h, x, mean, rstd, gate, shift, scale, *flat)
         return x, _matmul(y, in_w, rows)
 
@@ -214,16 +251,15 @@ class _GatedMlpIn(torch.autograd.Function):
         out_w, out_b, in_w = _groups(flat, n)
         dhidden = dhidden.contiguous()
         dy = _grad_x((dhidden,), (in_w,), rows)
-        want_out, want_bias, want_in = _groups(ctx.needs_input_grad[7:], n)
-        chunks, tables = norm_chunks(segments), any((*ctx.needs_input_grad[4:7], *want_bias))
-        index = segments.of_row, chunks.bounds, chunks.starts
+        want_out, want_bias, want_in = _groups(ctx.needs_input_grad[8:], n)
+        tables = any((*ctx.needs_input_grad[5:8], *want_bias))
         dx, dh, dbiases, *dtables, y = gated_norm_modulate_backward(
-            dx.contiguous(), dy, x, h, out_b, mean, rstd, gate, shift, scale, *index, n, any(want_in), tables
+            dx.contiguous(), dy, x, h, out_b, mean, rstd, gate, shift, scale, *ctx.index, n, any(want_in), tables
         )
         din_w = _grad_weights(dhidden, y, rows, want_in)
         dheads = _grad_x((dh,), (out_w,), rows)
         dout_w = _grad_weights(dh, heads, rows, want_out)
-        return None, None, dx, dheads, *_each(dtables, [tables] * 3), *dout_w, *_each(dbiases, want_bias), *din_w
+        return None, None, None, dx, dheads, *_each(dtables, [tables] * 3), *dout_w, *_each(dbiases, want_bias), *din_w
 
 
 def gated_mlp_out(
@@ -240,18 +276,26 @@ def gated_mlp_out(
 
     x [S, D]; hidden [S, F]; gate [M, D]; weights and biases one a stream; form of the GELU: "tanh" or "sigmoid".
     """
-    return _GatedMlpOut.apply(segments, form, x, hidden, gate, *hidden_biases, *out_weights, *out_biases)
+    if form not in FORMS:
+        raise ValueError(f"form must be {' or '.join(FORMS)}, got {form!r}")
+    check_rows(segments, {"x": x}, {"gate": gate}, out_biases)
+    check_tensor("hidden", hidden, (len(x), len(hidden_biases[0])), (x.dtype,), x.device)
+    _check_streams(segments, "hidden_biases", [hidden_biases], x, (hidden.shape[1],))
+    _check_streams(segments, "out_weights", [out_weights], x, (x.shape[1], hidden.shape[1]))
+    _check_streams(segments, "out_biases", [out_biases], x, (x.shape[1],))
+    index = chunk_index(segments, residual_chunks)
+    return _GatedMlpOut.apply(segments, index, form, x, hidden, gate, *hidden_biases, *out_weights, *out_biases)
 
 
 class _GatedMlpOut(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, segments: Segments, form: str, x: Tensor, hidden: Tensor, gate: Tensor, *flat: Tensor
+        ctx: Any, segments: Segments, index: Index, form: str, x: Tensor, hidden: Tensor, gate: Tensor, *flat: Tensor
     ) -> Tensor:
         n, rows = segments.streams, segments.stream_rows
         hidden_b, out_w, out_b = _groups(flat, n)
         h = _matmul(gelu_forward(hidden, hidden_b, rows[0], form), out_w, rows)
-        ctx.segments, ctx.form = segments, form
+        ctx.segments, ctx.index, ctx.form = segments, index, form
         ctx.save_for_backward(hidden, h, gate, *flat)
         return gated_residual_forward(x, h, out_b, gate, segments.of_row, n)
 
@@ -262,20 +306,29 @@ class _GatedMlpOut(torch.autograd.Function):
         segments = ctx.segments
         n, rows = segments.streams, segments.stream_rows
         hidden_b, out_w, out_b = _groups(flat, n)
-        want_hidden, want_out, want_bias = _groups(ctx.needs_input_grad[5:], n)
-        dx, chunks = dx.contiguous(), residual_chunks(segments)
-        tables = any((ctx.needs_input_grad[4], *want_bias))
-        index = segments.of_row, chunks.bounds, chunks.starts
-        dh, dbiases, dgate = gated_residual_backward(dx, h, out_b, gate, *index, n, tables)
+        want_hidden, want_out, want_bias = _groups(ctx.needs_input_grad[6:], n)
+        dx = dx.contiguous()
+        tables = any((ctx.needs_input_grad[5], *want_bias))
+        dh, dbiases, dgate = gated_residual_backward(dx, h, out_b, gate, *ctx.index, n, tables)
         dact = _grad_x((dh,), (out_w,), rows)
         dhidden, dhidden_b, act = gelu_backward(
             dact, hidden, hidden_b, rows[0], ctx.form, any(want_out), any(want_hidden)
         )
         dout_w = _grad_weights(dh, act, rows, want_out)
         return (
-            None, None, dx, dhidden, *_each((dgate,), [tables]),
+            None, None, None, dx, dhidden, *_each((dgate,), [tables]),
             *_each(dhidden_b, want_hidden), *dout_w, *_each(dbiases, want_bias),
         )  # fmt: skip
+
+
+def _check_streams(
+    segments: Segments, name: str, groups: Sequence[Streams], like: Tensor, shape: Sequence[int]
+) -> None:
+    for group in groups:
+        if len(group) != segments.streams:
+            raise ValueError(f"{name} must be {segments.streams}, one for each stream, got {len(group)}")
+        for tensor in group:
+            check_tensor(name, tensor, shape, (like.dtype,), like.device)
 
 
 def _groups(flat: Sequence[Any], n: int) -> list[list[Any]]:

@@ -147,9 +147,9 @@ def norm_modulate(
     ValueError that names the tensor for a wrong shape, dtype, device or stride.
     """
     face = choose(mode, x.device)
-    _check(segments, {"x": x}, {"shift": shift, "scale": scale}, ())
+    check_rows(segments, {"x": x}, {"shift": shift, "scale": scale}, ())
     if face == "triton":
-        return _NormModulate.apply(x, shift, scale, _index(segments, ops.norm_chunks), eps)
+        return _NormModulate.apply(x, shift, scale, chunk_index(segments, ops.norm_chunks), eps)
     function = compiled(norm_modulate_reference) if face == "compile" else norm_modulate_reference
     return function(x, shift, scale, segments.of_row, eps)
 
@@ -171,9 +171,9 @@ def gated_norm_modulate(
     normed is `out` as it is returned, rounded to x's dtype. The rest as in `norm_modulate`.
     """
     face = choose(mode, x.device)
-    _check(segments, {"x": x, "h": h}, {"gate": gate, "shift": shift, "scale": scale}, biases)
+    check_rows(segments, {"x": x, "h": h}, {"gate": gate, "shift": shift, "scale": scale}, biases)
     if face == "triton":
-        index = _index(segments, ops.norm_chunks)
+        index = chunk_index(segments, ops.norm_chunks)
         return _GatedNormModulate.apply(x, h, gate, shift, scale, index, segments.streams, eps, *biases)
     function = compiled(gated_norm_modulate_reference) if face == "compile" else gated_norm_modulate_reference
     return function(x, h, biases, gate, shift, scale, segments.of_row, segments.streams, eps)
@@ -184,20 +184,24 @@ def gated_residual(
 ) -> Tensor:
     """Return x + gate (h + bias), [S, D] like x; inputs as in `gated_norm_modulate`."""
     face = choose(mode, x.device)
-    _check(segments, {"x": x, "h": h}, {"gate": gate}, biases)
+    check_rows(segments, {"x": x, "h": h}, {"gate": gate}, biases)
     if face == "triton":
-        index = _index(segments, ops.residual_chunks)
+        index = chunk_index(segments, ops.residual_chunks)
         return _GatedResidual.apply(x, h, gate, index, segments.streams, *biases)
     function = compiled(gated_residual_reference) if face == "compile" else gated_residual_reference
     return function(x, h, biases, gate, segments.of_row, segments.streams)
 
 
-def _index(segments: Segments, cut: Callable[[Segments], Chunks]) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_index(segments: Segments, cut: Callable[[Segments], Chunks]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward needs of the segments: the segment of each row, and bounds and starts of the chunks."""
     chunks = cut(segments)
     return segments.of_row, chunks.bounds, chunks.starts
 
 
-def _check(segments: Segments, rows: dict[str, Tensor], tables: dict[str, Tensor], biases: Sequence[Tensor]) -> None:
+def check_rows(
+    segments: Segments, rows: dict[str, Tensor], tables: dict[str, Tensor], biases: Sequence[Tensor]
+) -> None:
+    """Raise ValueError, naming the tensor, unless all fit x, which is among `rows`, and its segments."""
     x = rows["x"]
     if x.ndim != 2 or x.numel() == 0:
         raise ValueError(f"x must have shape [rows, columns], both at least 1, got {list(x.shape)}")

@@ -2,17 +2,11 @@
 
 # mypy: allow-untyped-defs
 
-from functools import partial
-
-from dstrain.kernels.backend import jit, tl, triton
+from dstrain.kernels.backend import jit, tl
 
 SMALLEST = 2.0**-20  # the least that a weight counts
 # A kernel sees no globals but constants of this type.
 FLOOR = tl.constexpr(SMALLEST)
-
-# Counts of tokens change with every pack: a kernel must not be compiled again where one is a multiple of 16.
-COUNTS = ["rows", "first", "size", "chunks", "before"]
-jit_any_count = partial(triton.jit, do_not_specialize=COUNTS) if triton is not None else jit
 
 
 @jit
@@ -74,7 +68,7 @@ def _normed_and_turned(even, odd, w_even, w_odd, cos, sin, eps, D: tl.constexpr)
     return rstd, even * cos - odd * sin, even * sin + odd * cos
 
 
-@jit_any_count
+@jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -135,7 +129,7 @@ def forward_kernel(
         tl.store(k_rstd_ptr + row * H + heads, tl.where(inside, k_rstd, float("nan")), mask=heads < H)
 
 
-@jit_any_count
+@jit
 def backward_kernel(
     dq_out_ptr,
     dk_out_ptr,
@@ -220,7 +214,7 @@ def backward_kernel(
         tl.store(weight_partial_ptr + (part * GROUPS + group) * D + columns, total, mask=columns < D)
 
 
-@jit_any_count
+@jit
 def sum_kernel(
     bias_partial_ptr,
     weight_partial_ptr,

@@ -39,7 +39,8 @@ class Segments:
         self.lengths, self.streams, self.device = tuple(lengths), streams, torch.device(device)
         self.ends = tuple(accumulate(self.lengths))
         of_row = np.repeat(np.arange(len(lengths), dtype=np.int32), self.lengths)
-        self.of_row = torch.from_numpy(of_row).to(device)  # [S] int32
+        with torch.inference_mode(False):  # a training may use them later
+            self.of_row = torch.from_numpy(of_row).to(device)  # [S] int32
         self._chunks: dict[int, Chunks] = {}
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class Segments:
             for m, (end, length) in enumerate(zip(self.ends, self.lengths)):
                 bounds += [(a, min(a + rows, end), m) for a in range(end - length, end, rows)]
                 starts.append(len(bounds))
-            made = (torch.tensor(x, dtype=torch.int32).to(self.device) for x in (bounds, starts))
+            with torch.inference_mode(False):
+                made = [torch.tensor(x, dtype=torch.int32).to(self.device) for x in (bounds, starts)]
             self._chunks[rows] = Chunks(*made)
         return self._chunks[rows]

@@ -123,6 +123,10 @@ class QwenImageDiT(DiT):
         Returns:
             [I, patch_size**2 * out_channels] in the dtype of the weights.
         """
+        given = {"prompt_embeds": prompt_embeds, "latents": latents, "sigmas": sigmas}
+        for (name, tensor), count in zip(given.items(), (*layout.stream_rows, len(layout))):
+            if len(tensor) != count:
+                raise ValueError(f"{name} must have the {count} rows of the layout, got {len(tensor)}")
         dtype = self.img_in.weight.dtype
         img = self.img_in(latents.to(dtype))  # [I, D]
         txt = self.txt_in(self.txt_norm(prompt_embeds.to(dtype)))  # [T, D]
@@ -190,6 +194,8 @@ class TimestepMLP(nn.Module):
 class QwenImageBlock(nn.Module):
     """Two streams, text and image, that meet in one attention. Their rows lie in one tensor, text in front."""
 
+    gathered = True  # whether the block's weights are there as a whole while it runs; the engine knows
+
     def __init__(self, dim: int, heads: int, gelu: Gelu, *, last: bool) -> None:
         super().__init__()
         self.last = last
@@ -204,7 +210,7 @@ class QwenImageBlock(nn.Module):
     def forward(self, x: Tensor, cond: Tensor, rotary: Rotary, layout: PackLayout, kernel: str) -> tuple[Tensor]:
         """x [S, D], cond [N, D] -> (x after the block,), of the last block the image rows only."""
         tables = torch.cat([self.txt_mod(cond), self.img_mod(cond)])  # [2 N, 6 D]
-        if choose(kernel, x.device) == "triton" and self._holds_its_weights():
+        if choose(kernel, x.device) == "triton" and self._is_plain():
             return (self._fused(x, tables, rotary, layout),)
         shift1, scale1, gate1, shift2, scale2, gate2 = tables.chunk(6, dim=-1)
         rows: tuple[int, ...] = layout.stream_rows
@@ -226,10 +232,10 @@ class QwenImageBlock(nn.Module):
         image = self.attn.to_out[0], *self.img_mlp.layers
         return tuple(pair[1:] if self.last else pair for pair in zip(text, image))
 
-    def _holds_its_weights(self) -> bool:
-        """Whether all layers are plain, and whole here: no adapters, and no ZeRO-3 that gathers them one by one."""
-        layers = [layer for group in (*self.attn.projections, *self._behind_attention()) for layer in group]
-        return all(type(m) is nn.Linear and m.weight.shape == (m.out_features, m.in_features) for m in layers)
+    def _is_plain(self) -> bool:
+        """Whether all weights may be used directly: of plain layers, and all here while the block runs."""
+        groups = *self.attn.projections, *self._behind_attention()
+        return self.gathered and all(type(layer) is nn.Linear for group in groups for layer in group)
 
     def _fused(self, x: Tensor, tables: Tensor, rotary: Rotary, layout: PackLayout) -> Tensor:
         """The same as `forward`, with the matmuls inside what autograd sees, so that less is kept."""

@@ -154,6 +154,8 @@ def parity(cases: dict[str, tuple[dict, str]], micros: list[int]) -> dict[str, l
     for name, (ds, what) in cases.items():
         ds = complete(ds, recipe(8), world_size=world.size, bf16=False, path=Path("ds.json"))
         engine = build_engine(partial(make, what), fill, ds, world.device)
+        whole = "leaf_module" not in ds["zero_optimization"]
+        assert all(block.gathered == whole for block in engine.module.transformer_blocks)
         plain = plain_copy(what)
         optimizer = optimizer_of(plain)
         rows = side_by_side(engine, plain, optimizer, micros, world, CLIP)

@@ -12,10 +12,16 @@ STAGES = {
     "zero3": {"stage": 3},
     "zero3_offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU, "overlap_comm": True},
 }
+# Layers are gathered one by one, as with parameters on NVMe: no weight may be used outside its layer's call.
+LAYERS = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "leaf_module": {"classes": ["dstrain.models.qwen_image.AdaLayerNormOut"]},
+}
 
 
 def cases(stages, *what):
-    return {f"{n} {w}": ({"gradient_clipping": 0.5, "zero_optimization": STAGES[n]}, w) for w in what for n in stages}
+    return {f"{n} {w}": ({"gradient_clipping": 0.5, "zero_optimization": (STAGES | {"layers": LAYERS})[n]}, w) for w in what for n in stages}
 
 
 @pytest.mark.dist
@@ -26,6 +32,7 @@ def cases(stages, *what):
         (2, ["lora", "dora", "blocks"], 4, ["zero2", "zero3_offload"]),
         (4, ["full"], 4, ["zero3_offload"]),
         (2, ["full triton"], 2, ["zero3_offload"]),
+        (1, ["full triton"], 1, ["layers"]),
         pytest.param(2, ["full triton", "lora triton"], 4, ["zero2", "zero3", "zero3_offload"], marks=pytest.mark.soak),
         pytest.param(1, ["full", "lora"], 6, list(STAGES), marks=pytest.mark.soak),
         pytest.param(2, ["full", "lora", "dora", "blocks"], 20, list(STAGES), marks=pytest.mark.soak),

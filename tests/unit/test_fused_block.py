@@ -9,6 +9,8 @@ import torch
 from kernel_cases import DEVICES
 from torch.nn.functional import mse_loss
 
+from dstrain.kernels.dual_stream import Rotary, gated_mlp_in, gated_mlp_out, modulated_qkv
+from dstrain.kernels.segments import Segments
 from dstrain.models.packing import PackLayout
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 
@@ -155,6 +157,83 @@ def test_a_frozen_model_gives_gradients_to_its_inputs(device):
     _, grads = step(dit, "triton", *batch)
     assert grads.keys() == {"embeds"}
     assert torch.equal(grads["embeds"], want["embeds"])
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.parametrize("place", range(3))
+def test_rows_that_do_not_fit_the_layout_are_named(place, kernel):
+    dit, batch = model("cpu", torch.float32), list(case("three samples", "cpu", torch.float32))
+    dit.kernel = kernel
+    name = ("latents", "prompt_embeds", "sigmas")[place]
+    batch[place] = batch[place][:-1]
+    with pytest.raises(ValueError, match=rf"{name} must have the \d+ rows of the layout"):
+        dit(*batch[:4])
+
+
+class Piece:
+    """Good arguments of the three pieces, two streams of 2 and 3 rows, width 8, heads of 4."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+
+        def make(*shape):
+            return torch.randn(*shape, generator=g)
+
+        pairs = {"square": (8, 8), "wide": (16, 8), "tall": (8, 16), "bias": (8,), "wide_bias": (16,), "norm": (4,)}
+        of = {name: [make(*shape), make(*shape)] for name, shape in pairs.items()}
+        segments, x = Segments((2, 3), "cpu", streams=2), make(5, 8)
+        tables = {name: make(2, 8) for name in ("gate", "shift", "scale")}
+        modulation = {name: tables[name] for name in ("shift", "scale")}
+        shared = {"x": x, "segments": segments}
+        self.qkv = shared | modulation | {
+            "weights": [of["square"]] * 3, "biases": [of["bias"]] * 3, "norms": [of["norm"]] * 2,
+            "rotary": Rotary(torch.ones(5, 2), torch.zeros(5, 2)), "eps": 1e-6,
+        }  # fmt: skip
+        self.mlp_in = shared | tables | {
+            "heads": make(5, 8), "out_weights": of["square"], "out_biases": of["bias"], "in_weights": of["wide"],
+            "eps": 1e-6,
+        }  # fmt: skip
+        self.mlp_out = shared | {
+            "hidden": make(5, 16), "gate": tables["gate"], "hidden_biases": of["wide_bias"],
+            "out_weights": of["tall"], "out_biases": of["bias"], "form": "tanh",
+        }  # fmt: skip
+
+
+CALLS = {"qkv": modulated_qkv, "mlp_in": gated_mlp_in, "mlp_out": gated_mlp_out}
+HALF = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("piece", "name", "change", "message"),
+    [
+        ("qkv", "x", lambda x: x.t().contiguous().t(), "x must be contiguous"),
+        ("qkv", "x", lambda x: x.to(HALF), "x must be float32 or bfloat16, got float16"),
+        ("qkv", "x", lambda x: x[1:], "x must have the 5 rows of its segments, got 4"),
+        ("qkv", "shift", lambda x: x[:1], r"shift must have shape \[2, 8\], got \[1, 8\]"),
+        ("qkv", "scale", lambda x: x.bfloat16(), "scale must be float32, got bfloat16"),
+        ("qkv", "weights", lambda x: [x[0], x[0][:1], x[0]], "weights must be 2, one for each stream, got 1"),
+        ("qkv", "biases", lambda x: [[], [], []], "biases must be 2, one for each stream, got 0"),
+        ("qkv", "norms", lambda x: [[w[:3] for w in pair] for pair in x], "norms must have an even width"),
+        ("qkv", "rotary", lambda x: Rotary(x.cos[:4], x.sin), r"rotary.cos must have shape \[5, 2\], got \[4, 2\]"),
+        ("qkv", "rotary", lambda x: Rotary(x.cos, x.sin, torch.zeros(5)), "rotary.places must be int64"),
+        ("mlp_in", "heads", lambda x: x[:, :4], r"heads must have shape \[5, 8\], got \[5, 4\]"),
+        ("mlp_in", "gate", lambda x: x[:, :4], r"gate must have shape \[2, 8\]"),
+        ("mlp_in", "in_weights", lambda x: [w[:, :4] for w in x], r"in_weights must have shape \[16, 8\]"),
+        ("mlp_out", "hidden", lambda x: x[:, :9], r"hidden must have shape \[5, 16\], got \[5, 9\]"),
+        ("mlp_out", "out_weights", lambda x: [w.t() for w in x], r"out_weights must have shape \[8, 16\]"),
+        ("mlp_out", "form", lambda x: "tnah", "form must be tanh or sigmoid, got 'tnah'"),
+    ],
+)
+def test_pieces_refuse_what_does_not_fit(piece, name, change, message):
+    arguments = getattr(Piece(), piece)
+    with pytest.raises(ValueError, match=message):
+        CALLS[piece](**(arguments | {name: change(arguments[name])}))
+
+
+@pytest.mark.parametrize("piece", CALLS)
+def test_pieces_take_what_fits(piece):
+    results = CALLS[piece](**getattr(Piece(), piece))
+    assert all(r.isfinite().all() for r in (results if isinstance(results, tuple) else (results,)))
 
 
 def test_the_block_keeps_little_and_moves_little():

@@ -29,6 +29,7 @@ class Load:
     # (elements of a tensor; all elements in such tensors that are kept as the ds_config says; bytes of the others)
     sizes: tuple[tuple[int, int, int], ...] = ()
     encoder_bytes: float = 0.0  # of VAE and text encoder
+    adapted: bool = False  # whether layers of the blocks are wrapped: by adapters, or kept in few bits
     samples: int = 1  # of a pack
     tokens: int = 0  # of a pack
     flops: int = 0  # of one forward over a pack
@@ -92,6 +93,7 @@ def load_of(model: DiT, samples: Sequence[tuple[int, int]], *, encoder_bytes: fl
         tensors=len(named),
         sizes=tuple((size, plain[size], low[size]) for size in sorted(plain)),
         encoder_bytes=encoder_bytes,
+        adapted=any("lora_" in name for name, _ in named) or stored > 0,
         samples=len(samples),
         tokens=sum(image + text for image, text in samples),
         flops=model.forward_flops(_layout(samples, 1)),
