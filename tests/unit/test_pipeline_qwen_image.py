@@ -172,7 +172,7 @@ def test_only_what_is_asked_for_is_loaded(folder):
     assert not any(hasattr(pipeline, name) for name in ("transformer", "vae", "text_encoder", "scheduler"))
     transformer = pipeline.build_transformer()  # for an engine, which fills it from this folder
     assert pipeline.folder("transformer") == folder / "transformer"
-    assert transformer.transformer_blocks[0].img_mlp.net[0].gelu == "sigmoid"
+    assert transformer.transformer_blocks[0].gelu == "sigmoid"
     assert all(p.requires_grad and not p.is_meta for p in transformer.parameters())
 
 
