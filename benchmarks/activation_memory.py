@@ -29,7 +29,9 @@ from dstrain.storage import write_json
 
 POLICIES = ["none", "attention", "full", "offload"]
 HEAD = 64  # width of a head
-NONE = 58.75  # bytes a channel and token that plain autograd keeps of a block in bf16
+# Values a channel and token that are kept of a block without recomputation, by benchmarks/block_traffic.py: in bf16 by
+# the kernels, which a GPU runs, in fp32 by plain autograd.
+NONE = {True: 13.05, False: 28.07}
 
 
 def predicted(keep: str, width: int, tokens: int, bf16: bool) -> float:
@@ -39,7 +41,7 @@ def predicted(keep: str, width: int, tokens: int, bf16: bool) -> float:
     result = (item * width + 4 * width // HEAD) * tokens  # and the logarithms of the sums, fp32 a head
     away = 0 if bf16 else inputs
     return {
-        "none": NONE * item / 2 * width * tokens,
+        "none": NONE[bf16] * item * width * tokens,
         "attention": inputs + result,
         "full": inputs,
         "offload": away,

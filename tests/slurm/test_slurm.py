@@ -77,9 +77,12 @@ class Job:
         self.wait(f"step {step}", lambda: len(self.records()) > step)
 
     def wait_for_requeue(self) -> None:
-        """Until the job waits for its next run; which SLURM would put off by two minutes."""
+        """Until the job waits for its next run; which SLURM would put off by two minutes.
+
+        Seconds are enough, but none are too few: a node refuses a job that begins in the second in which it was killed.
+        """
         self.wait("the requeue", lambda: self.shown("Restarts") == "1" and self.shown("JobState") == "PENDING")
-        run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        run("scontrol", "update", f"JobId={self.id}", "StartTime=now+3")
 
     def wait_for_end(self) -> str:
         """Return the last state and exit code."""
