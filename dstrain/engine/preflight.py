@@ -262,7 +262,7 @@ class _Worker:
     def __init__(self, task: Task) -> None:
         fork = multiprocessing.get_context("fork")
         self.pipe, theirs = fork.Pipe()
-        self.process = fork.Process(target=_work, args=(task, theirs), daemon=True)
+        self.process = fork.Process(target=_work, args=(task, theirs, self.pipe), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -291,7 +291,8 @@ def _stuck(pid: int | None) -> str:
     return {"T": "its process is stopped", "D": "its process waits for a device"}.get(state, "")
 
 
-def _work(task: Task, pipe: Connection) -> None:
+def _work(task: Task, pipe: Connection, other_end: Connection) -> None:
+    other_end.close()  # inherited; while it is open the pipe does not end with the process that watches
     stage, gpus = "", 0
 
     def enter(name: str) -> None:
@@ -318,7 +319,7 @@ def _work(task: Task, pipe: Connection) -> None:
         enter("meeting")
         waited = _sum(task, device, go["port"], enter)
         pipe.send({"state": "waited" if waited else "ok", "stage": stage, "gpus": gpus, "why": waited})
-    except EOFError:  # there is no second round
+    except (EOFError, BrokenPipeError):  # there is no second round, or nobody who watches
         pass
     except health.Unfit as e:
         pipe.send({"state": "unfit", "stage": stage, "gpus": gpus, "why": str(e)})

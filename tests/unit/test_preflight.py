@@ -119,6 +119,20 @@ def test_a_node_that_stops_answering_altogether_is_named(tmp_path: Path) -> None
     assert (codes, bad) == ([1], "n2\n")
 
 
+def test_a_worker_does_not_outlive_the_process_that_watches_it(tmp_path: Path) -> None:
+    first = start(0, tmp_path, free_port(), "--timeout=60")
+    end, workers = time.monotonic() + 30, ""
+    while not workers and time.monotonic() < end:
+        time.sleep(0.05)
+        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text()
+    time.sleep(2)  # it waits for the other node by now
+    first.kill()
+    first.communicate()
+    while Path(f"/proc/{workers.split()[0]}").exists() and time.monotonic() < end + 15:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{workers.split()[0]}").exists()
+
+
 def test_what_is_wrong_on_all_nodes_is_no_fault_of_a_node(tmp_path: Path) -> None:
     codes, said, bad = both(tmp_path, "--gpus=2")
     assert "bad: n1: 0 GPUs instead of 2" in said and "bad: n2: 0 GPUs instead of 2" in said
