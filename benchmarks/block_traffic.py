@@ -79,7 +79,7 @@ def partial_sums(name: str, args: Any) -> int:
     if name == "qk_norm_rope_backward":
         rows, heads, d = args[2].shape
         groups = -(-heads // qk_norm_rope._sizes(args[2], args[10])["HB"])
-        size = qk_norm_rope._chunk_rows(rows, 2 * groups, least=32, most=128)
+        size = qk_norm_rope.backward_chunk_rows(rows, groups)
         return 2 * -(-rows // size) * (heads + groups) * d
     return 0
 

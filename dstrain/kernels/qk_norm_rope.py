@@ -106,6 +106,11 @@ def _chunk_rows(rows: int, programs: int, least: int, most: int) -> int:
     return min(most, max(least, rows * programs // PROGRAMS))
 
 
+def backward_chunk_rows(rows: int, groups: int) -> int:
+    """Rows of a chunk of the backward, which writes sums for each, with so many groups of heads."""
+    return _chunk_rows(rows, 2 * groups, least=32, most=128)
+
+
 def _sizes(q: Tensor, places: Tensor) -> dict[str, Any]:
     heads, d = q.shape[1:]
     width = max(2, triton.next_power_of_2(d))
@@ -183,7 +188,7 @@ def qk_norm_rope_backward(
     dx = torch.empty_like(q_out), torch.empty_like(k_out)
     sizes = _sizes(q_out, places)
     width, d, groups = sizes["H"] * sizes["D"], sizes["D"], triton.cdiv(sizes["H"], sizes["HB"])
-    size = _chunk_rows(rows, 2 * groups, least=32, most=128)
+    size = backward_chunk_rows(rows, groups)
     before = triton.cdiv(first_rows, size)
     chunks = before + triton.cdiv(rows - first_rows, size)
     bias_partial = cos.new_empty((2, chunks, width) if wants_bias else 0)

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dstrain.errors import ConfigError
-from dstrain.kernels import dual_stream
 from dstrain.kernels.attention import packed_attention
 from dstrain.kernels.backend import choose
-from dstrain.kernels.dual_stream import Rotary, permute_rows
+from dstrain.kernels.dual_stream import Rotary, gated_mlp_in, gated_mlp_out, modulated_qkv, permute_rows
 from dstrain.kernels.gelu import gelu
 from dstrain.kernels.modulation import gated_norm_modulate, gated_residual, norm_modulate
 from dstrain.kernels.qk_norm_rope import qk_norm_rope
@@ -210,18 +209,25 @@ class QwenImageBlock(nn.Module):
     def forward(self, x: Tensor, cond: Tensor, rotary: Rotary, layout: PackLayout, kernel: str) -> tuple[Tensor]:
         """x [S, D], cond [N, D] -> (x after the block,), of the last block the image rows only."""
         tables = torch.cat([self.txt_mod(cond), self.img_mod(cond)])  # [2 N, 6 D]
-        if choose(kernel, x.device) == "triton" and self._is_plain():
-            return (self._fused(x, tables, rotary, layout),)
         shift1, scale1, gate1, shift2, scale2, gate2 = tables.chunk(6, dim=-1)
         rows: tuple[int, ...] = layout.stream_rows
-        segments = layout.segments
-        y = norm_modulate(x, shift1, scale1, segments, EPS, kernel)
-        q, k, v = self.attn(y, rotary, rows, kernel)
+        segments, behind = layout.segments, self._behind_attention()
+        # With the matmuls inside what autograd sees, less is kept.
+        fused = choose(kernel, x.device) == "triton" and self._is_plain()
+        if fused:
+            qkv, norms = self.attn.projections, [[m.weight for m in pair] for pair in self.attn.norms]
+            q, k, v, x = modulated_qkv(x, shift1, scale1, weights(qkv), biases(qkv), norms, rotary, segments, EPS)
+        else:
+            q, k, v = self.attn(norm_modulate(x, shift1, scale1, segments, EPS, kernel), rotary, rows, kernel)
         heads = in_stream_order(packed_attention(q, k, v, layout).flatten(1), rotary)
-        out, mlp_in, mlp_out = self._behind_attention()
         if self.last:
             x, heads, rows, segments = x[rows[0] :], heads[rows[0] :], rows[1:], layout.image_segments
             gate1, shift2, scale2, gate2 = (t[len(layout) :] for t in (gate1, shift2, scale2, gate2))
+        if fused:
+            (out_w, in_w, mlp_w), (out_b, in_b, mlp_b) = weights(behind), biases(behind)
+            x, hidden = gated_mlp_in(x, heads, gate1, shift2, scale2, out_w, out_b, in_w, segments, EPS)
+            return (gated_mlp_out(x, hidden, gate2, in_b, mlp_w, mlp_b, segments, self.gelu),)
+        out, mlp_in, mlp_out = behind
         x, y = gated_norm_modulate(x, each(out, heads, rows), (), gate1, shift2, scale2, segments, EPS, kernel)
         hidden = gelu(each(mlp_in, y, rows), (), rows, self.gelu, kernel)
         return (gated_residual(x, each(mlp_out, hidden, rows), (), gate2, segments, kernel),)
@@ -236,23 +242,6 @@ class QwenImageBlock(nn.Module):
         """Whether all weights may be used directly: of plain layers, and all here while the block runs."""
         groups = *self.attn.projections, *self._behind_attention()
         return self.gathered and all(type(layer) is nn.Linear for group in groups for layer in group)
-
-    def _fused(self, x: Tensor, tables: Tensor, rotary: Rotary, layout: PackLayout) -> Tensor:
-        """The same as `forward`, with the matmuls inside what autograd sees, so that less is kept."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = tables.chunk(6, dim=-1)
-        qkv, norms = self.attn.projections, [[m.weight for m in pair] for pair in self.attn.norms]
-        q, k, v, x = dual_stream.modulated_qkv(
-            x, shift1, scale1, weights(qkv), biases(qkv), norms, rotary, layout.segments, EPS
-        )
-        heads = in_stream_order(packed_attention(q, k, v, layout).flatten(1), rotary)
-        segments, behind = layout.segments, self._behind_attention()
-        if self.last:
-            segments, text = layout.image_segments, layout.stream_rows[0]
-            x, heads = x[text:], heads[text:]
-            gate1, shift2, scale2, gate2 = (t[len(layout) :] for t in (gate1, shift2, scale2, gate2))
-        (out_w, in_w, mlp_w), (out_b, in_b, mlp_b) = weights(behind), biases(behind)
-        x, hidden = dual_stream.gated_mlp_in(x, heads, gate1, shift2, scale2, out_w, out_b, in_w, segments, EPS)
-        return dual_stream.gated_mlp_out(x, hidden, gate2, in_b, mlp_w, mlp_b, segments, self.gelu)
 
 
 class JointAttention(nn.Module):
