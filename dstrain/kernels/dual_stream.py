@@ -180,7 +180,7 @@ class _ModulatedQkv(torch.autograd.Function):
         dy = _grad_x((dq, dk, dv), (wq, wk, wv), rows)
         tables = any(ctx.needs_input_grad[5:7])
         dx, dshift, dscale, _ = norm_modulate_backward(
-            dy, x, mean, rstd, shift, scale, *ctx.index, residual.contiguous(), False, tables
+            dy, x, mean, rstd, shift, scale, *ctx.index, residual, False, tables
         )
         dbv = [part.sum(0) if want else None for part, want in zip(dv.split(list(rows)), wanted[5])]
         grads = [_grad_weights(g, y, rows, want) for g, want in zip((dq, dk, dv), wanted)]
@@ -249,12 +249,11 @@ class _GatedMlpIn(torch.autograd.Function):
         segments = ctx.segments
         n, rows = segments.streams, segments.stream_rows
         out_w, out_b, in_w = _groups(flat, n)
-        dhidden = dhidden.contiguous()
         dy = _grad_x((dhidden,), (in_w,), rows)
         want_out, want_bias, want_in = _groups(ctx.needs_input_grad[8:], n)
         tables = any((*ctx.needs_input_grad[5:8], *want_bias))
         dx, dh, dbiases, *dtables, y = gated_norm_modulate_backward(
-            dx.contiguous(), dy, x, h, out_b, mean, rstd, gate, shift, scale, *ctx.index, n, any(want_in), tables
+            dx, dy, x, h, out_b, mean, rstd, gate, shift, scale, *ctx.index, n, any(want_in), tables
         )
         din_w = _grad_weights(dhidden, y, rows, want_in)
         dheads = _grad_x((dh,), (out_w,), rows)
@@ -307,7 +306,6 @@ class _GatedMlpOut(torch.autograd.Function):
         n, rows = segments.streams, segments.stream_rows
         hidden_b, out_w, out_b = _groups(flat, n)
         want_hidden, want_out, want_bias = _groups(ctx.needs_input_grad[6:], n)
-        dx = dx.contiguous()
         tables = any((ctx.needs_input_grad[5], *want_bias))
         dh, dbiases, dgate = gated_residual_backward(dx, h, out_b, gate, *ctx.index, n, tables)
         dact = _grad_x((dh,), (out_w,), rows)

@@ -19,9 +19,6 @@ class Chunks:
     bounds: Tensor  # [K, 3] int32: first row, the row behind the last, segment
     starts: Tensor  # [M + 1] int32: segment m has chunks starts[m] up to starts[m + 1]
 
-    def __len__(self) -> int:
-        return len(self.bounds)
-
 
 class Segments:
     """M runs of rows, end to end, of which run m is modulated by row m of the tables.
