@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 LEFT_OUT = ("mm", "addmm", "addmm_", "bmm", "baddbmm")  # matmuls; attention is a stand-in that moves nothing
 NO_LAUNCH = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "alias")
+RANK = 64  # of adapters
 SAMPLES = {"one sample": [(4096, 512)], "four samples": [(1024, 128)] * 4}
 
 
@@ -135,8 +136,8 @@ def measure(run: Any, parameters: list[Tensor], unit: int) -> dict[str, Any]:
     }
 
 
-def ours(samples: list[tuple[int, int]], kernels: str, dim: int, heads: int) -> dict[str, Any]:
-    """Count our block, on a pack of samples with so many image and text tokens."""
+def ours(samples: list[tuple[int, int]], kernels: str, dim: int, heads: int, rank: int = 0) -> dict[str, Any]:
+    """Count our block, on a pack of samples with so many image and text tokens; with a rank only adapters train."""
     from dstrain.kernels.modulation_ops import norm_chunks, residual_chunks
     from dstrain.models import qwen_image
     from dstrain.models.packing import PackLayout
@@ -147,6 +148,8 @@ def ours(samples: list[tuple[int, int]], kernels: str, dim: int, heads: int) -> 
     rotary = qwen_image.rotary_table(layout, (d - 2 * side, side, side))
     with torch.device("meta"):
         block = qwen_image.QwenImageBlock(dim, heads, "tanh", last=False).bfloat16()
+        if rank:
+            adapt(block, rank)
         x = torch.empty(layout.tokens, dim, dtype=torch.bfloat16, requires_grad=True)
         cond = torch.empty(len(samples), dim, dtype=torch.bfloat16, requires_grad=True)
     norm_chunks(layout.segments), residual_chunks(layout.segments)  # made once for all blocks
@@ -156,13 +159,27 @@ def ours(samples: list[tuple[int, int]], kernels: str, dim: int, heads: int) -> 
         )
 
 
-def diffusers(samples: list[tuple[int, int]], dim: int, heads: int) -> dict[str, Any]:
-    """Count diffusers' block on one sample."""
+def adapt(block: torch.nn.Module, rank: int) -> None:
+    """Put an adapter on each of the block's layers that have one by default."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from dstrain.models.qwen_image import LORA_LAYERS
+
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(LORA_LAYERS)), block)
+    block.bfloat16()
+    for name, p in block.named_parameters():
+        p.requires_grad_(".lora_" in name)
+
+
+def diffusers(samples: list[tuple[int, int]], dim: int, heads: int, rank: int = 0) -> dict[str, Any]:
+    """Count diffusers' block on one sample; with a rank only adapters by PEFT train."""
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
     ((image, text),) = samples
     with torch.device("meta"):
         block = QwenImageTransformerBlock(dim, heads, dim // heads).bfloat16()
+        if rank:
+            adapt(block, rank)
         img, txt = (torch.empty(1, n, dim, dtype=torch.bfloat16, requires_grad=True) for n in (image, text))
         temb = torch.empty(1, dim, dtype=torch.bfloat16, requires_grad=True)
         rotary = tuple(torch.empty(n, dim // heads // 2, dtype=torch.complex64) for n in (image, text))
@@ -181,16 +198,18 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found: dict[str, Any] = {"diffusers, one sample": diffusers(SAMPLES["one sample"], args.dim, args.heads)}
-    for name, samples in SAMPLES.items():
-        for kernels in ("reference", "triton"):
-            found[f"dstrain {kernels}, {name}"] = ours(samples, kernels, args.dim, args.heads)
-    print(f"{'units of 2 D bytes a token':32s} {'moved':>8s} {'kept':>8s} {'launches':>9s}")
+    found: dict[str, Any] = {}
+    for what, rank in {"": 0, ", LoRA": RANK}.items():
+        found[f"diffusers, one sample{what}"] = diffusers(SAMPLES["one sample"], args.dim, args.heads, rank)
+        for name, samples in SAMPLES.items():
+            for kernels in ("reference", "triton"):
+                found[f"dstrain {kernels}, {name}{what}"] = ours(samples, kernels, args.dim, args.heads, rank)
+    print(f"{'units of 2 D bytes a token':38s} {'moved':>8s} {'kept':>8s} {'launches':>9s}")
     for name, counted in found.items():
-        print(f"{name:32s} {counted['traffic']:8.1f} {counted['kept']:8.2f} {counted['launches']:9d}")
+        print(f"{name:38s} {counted['traffic']:8.1f} {counted['kept']:8.2f} {counted['launches']:9d}")
     if args.out:
         what = "forward and backward of one block, matmuls and attention left out; units of 2 D bytes a token"
-        data = {"what": what, "dim": args.dim, "heads": args.heads, "samples": SAMPLES, "counted": found}
+        data = {"what": what, "dim": args.dim, "heads": args.heads, "rank": RANK, "samples": SAMPLES, "counted": found}
         args.out.write_text(json.dumps(data, indent=1) + "\n")
 
 

@@ -11,7 +11,7 @@ Between the matmuls one kernel passes over memory. Kept for the backward, in uni
 norm, q, k, v, a, the out projection, x again, the MLP's hidden row before its GELU (4) and its result: 13. The second
 norm and the GELU are made again in passes that read their inputs anyway. Biases are added, and their gradients summed,
 in the same passes, but for V's, which its matmul adds. The gradients of what Q, K and V share are added up by the
-matmuls that make them.
+matmuls that make them. Layers with low-rank adapters keep r numbers a row besides.
 
 The weights are used directly: under ZeRO-3 the block must be gathered as one (a leaf module).
 """
@@ -26,6 +26,17 @@ from torch.autograd.function import once_differentiable
 
 from dstrain.kernels.backend import check_tensor
 from dstrain.kernels.gelu import FORMS, gelu_backward, gelu_forward
+from dstrain.kernels.linear import (
+    Streams,
+    any_wanted,
+    biases_of,
+    check_linears,
+    flat,
+    grad_input,
+    grad_parameters,
+    grouped,
+    product,
+)
 from dstrain.kernels.modulation import check_rows, chunk_index
 from dstrain.kernels.modulation_ops import (
     gated_norm_modulate_backward,
@@ -40,7 +51,6 @@ from dstrain.kernels.modulation_ops import (
 from dstrain.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
 from dstrain.kernels.segments import Segments
 
-Streams = Sequence[Tensor]  # one tensor a stream: of weights, biases
 Index = tuple[Tensor, Tensor, Tensor]  # of segments: modulation.chunk_index
 
 
@@ -71,66 +81,41 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
-def _matmul(x: Tensor, weights: Streams, rows: Sequence[int], biases: Streams = ()) -> Tensor:
-    """Each stream's rows times its weight transposed, in one tensor: [S, in] and [out, in] -> [S, out]."""
-    out = x.new_empty(len(x), len(weights[0]))
-    for i, (part, into) in enumerate(zip(x.split(list(rows)), out.split(list(rows)))):
-        if biases:
-            torch.addmm(biases[i], part, weights[i].t(), out=into)
-        else:
-            torch.mm(part, weights[i].t(), out=into)
-    return out
-
-
-def _grad_x(grads: Sequence[Tensor], weights: Sequence[Streams], rows: Sequence[int]) -> Tensor:
-    """The gradient of what several matmuls share: each matmul adds to the result of the one before."""
-    out = grads[0].new_empty(len(grads[0]), weights[0][0].shape[1])
-    for which, (grad, ws) in enumerate(zip(grads, weights)):
-        for part, into, weight in zip(grad.split(list(rows)), out.split(list(rows)), ws):
-            if which:
-                into.addmm_(part, weight)
-            else:
-                torch.mm(part, weight, out=into)
-    return out
-
-
-def _grad_weights(grad: Tensor, x: Tensor, rows: Sequence[int], wanted: Sequence[bool]) -> list[Tensor | None]:
-    if not any(wanted):
-        return [None] * len(wanted)
-    parts = zip(grad.split(list(rows)), x.split(list(rows)), wanted)
-    return [torch.mm(g.t(), y) if want else None for g, y, want in parts]
-
-
 def modulated_qkv(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
-    weights: Sequence[Streams],
-    biases: Sequence[Streams],
-    norms: Sequence[Streams],
+    layers: Sequence[Streams],
+    norms: Sequence[Sequence[Tensor]],
     rotary: Rotary,
     segments: Segments,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q, k, v [S, H, d] in joint order, and x for the residual.
 
-    x [S, D]; shift, scale [M, D]; weights and biases of q, k and v, and norms of q and k, one a stream. The x that is
-    returned is the one given: what comes back for it joins the gradient in the kernel that writes it anyway.
+    x [S, D]; shift, scale [M, D]; the layers of q, k and v, and the norms' weights [d] of q and k, one a stream. The x
+    that is returned is the one given: what comes back for it joins the gradient in the kernel that writes it anyway.
     """
+    n = segments.streams
     check_rows(segments, {"x": x}, {"shift": shift, "scale": scale}, ())
-    _check_streams(segments, "weights", weights, x, (x.shape[1], x.shape[1]))
-    _check_streams(segments, "biases", biases, x, (x.shape[1],))
+    for group in layers:
+        check_linears("layers", group, n, x, (x.shape[1], x.shape[1]))
     d = norms[0][0].numel()
-    _check_streams(segments, "norms", norms, x, (d,))
+    for pair in norms:
+        if len(pair) != n:
+            raise ValueError(f"norms must be {n}, one for each stream, got {len(pair)}")
+        for weight in pair:
+            check_tensor("norms", weight, (d,), (x.dtype,), x.device)
     if d < 2 or d % 2 or x.shape[1] % d:
         raise ValueError(f"norms must have an even width that divides {x.shape[1]}, got {d}")
     for name, table in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):
         check_tensor(name, table, (len(x), d // 2), (torch.float32,), x.device)
-    for name, index in (("rotary.places", rotary.places), ("rotary.rows", rotary.rows)):
-        if index is not None:
-            check_tensor(name, index, (len(x),), (torch.int64,), x.device)
-    flat = [t for group in (*weights, *biases, *norms) for t in group]
-    return _ModulatedQkv.apply(segments, chunk_index(segments, norm_chunks), rotary, eps, x, shift, scale, *flat)
+    for name, order in (("rotary.places", rotary.places), ("rotary.rows", rotary.rows)):
+        if order is not None:
+            check_tensor(name, order, (len(x),), (torch.int64,), x.device)
+    tensors, scales = flat(layers)
+    index, norms_flat = chunk_index(segments, norm_chunks), [w for pair in norms for w in pair]
+    return _ModulatedQkv.apply(segments, index, rotary, eps, scales, x, shift, scale, *norms_flat, *tensors)
 
 
 class _ModulatedQkv(torch.autograd.Function):
@@ -141,59 +126,59 @@ class _ModulatedQkv(torch.autograd.Function):
         index: Index,
         rotary: Rotary,
         eps: float,
+        scales: tuple[float, ...],
         x: Tensor,
         shift: Tensor,
         scale: Tensor,
-        *flat: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, rows = segments.streams, segments.stream_rows
-        wq, wk, wv, bq, bk, bv, nq, nk = _groups(flat, n)
+        nq, nk, layers = list(tensors[:n]), list(tensors[n : 2 * n]), grouped(tensors[2 * n :], scales, n)
         y, mean, rstd = norm_modulate_forward(x, shift, scale, segments.of_row, eps)
-        d = len(nq[0])
-        q, k = (_matmul(y, w, rows).unflatten(1, (-1, d)) for w in (wq, wk))
+        (q, q_lows), (k, k_lows), (v, v_lows) = (
+            product(y, group, rows, bias=bias) for group, bias in zip(layers, (False, False, True))
+        )
+        q, k, v = (t.unflatten(1, (-1, len(nq[0]))) for t in (q, k, v))
+        bq, bk = map(biases_of, layers[:2])
         places = _or_empty(rotary.places, x)
         q, k, q_rstd, k_rstd = qk_norm_rope_forward(q, k, bq, bk, nq, nk, rotary.cos, rotary.sin, places, rows[0], eps)
-        v = _matmul(y, wv, rows, bv)
         if rotary.rows is not None:
             v = v.index_select(0, rotary.rows)
-        v = v.unflatten(1, (-1, d))
-        ctx.segments, ctx.index, ctx.rotary = segments, index, rotary
-        ctx.save_for_backward(x, y, mean, rstd, shift, scale, q, k, q_rstd, k_rstd, *flat)
+        ctx.segments, ctx.index, ctx.rotary, ctx.scales = segments, index, rotary, scales
+        lows = *q_lows, *k_lows, *v_lows
+        ctx.save_for_backward(x, y, mean, rstd, shift, scale, q, k, q_rstd, k_rstd, *lows, *tensors)
         return q, k, v, x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, residual: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, mean, rstd, shift, scale, q, k, q_rstd, k_rstd, *flat = ctx.saved_tensors
         segments, rotary = ctx.segments, ctx.rotary
         n, rows = segments.streams, segments.stream_rows
-        wq, wk, wv, bq, _, _, nq, nk = _groups(flat, n)
-        wanted = _groups(ctx.needs_input_grad[7:], n)
-        bias_dtype = bq[0].dtype if any(wanted[3] + wanted[4]) else None
-        dq, dk, *sums = qk_norm_rope_backward(
+        x, y, mean, rstd, shift, scale, q, k, q_rstd, k_rstd, *rest = ctx.saved_tensors
+        lows, nq, nk, tensors = rest[: 3 * n], rest[3 * n : 4 * n], rest[4 * n : 5 * n], rest[5 * n :]
+        layers, needed = grouped(tensors, ctx.scales, n), ctx.needs_input_grad[5:]
+        bq = biases_of(layers[0])
+        want_norms, wanted = needed[3 : 3 + 2 * n], grouped(needed[3 + 2 * n :], ctx.scales, n)
+        _, want_bias = any_wanted([w for group in wanted[:2] for w in group])
+        dq, dk, dbq, dbk, *dnorms = qk_norm_rope_backward(
             dq, dk, q, k, q_rstd, k_rstd, nq, nk, rotary.cos, rotary.sin,
-            _or_empty(rotary.places, x), rows[0], bias_dtype, any(wanted[6] + wanted[7]),
+            _or_empty(rotary.places, x), rows[0], bq[0].dtype if want_bias else None, any(want_norms),
         )  # fmt: skip
-        dq, dk, dv = dq.flatten(1), dk.flatten(1), dv.flatten(1)
+        grads = dq.flatten(1), dk.flatten(1), dv.flatten(1)
         if rotary.places is not None:
-            dv = dv.index_select(0, rotary.places)
-        dy = _grad_x((dq, dk, dv), (wq, wk, wv), rows)
-        tables = any(ctx.needs_input_grad[5:7])
+            grads = *grads[:2], grads[2].index_select(0, rotary.places)
+        dbv = [part.sum(0) if w.bias else x for part, w in zip(grads[2].split(list(rows)), wanted[2])]
+        dy, low_grads = grad_input(grads, layers, rows)
+        tables = any(needed[1:3])
         dx, dshift, dscale, _ = norm_modulate_backward(
             dy, x, mean, rstd, shift, scale, *ctx.index, residual, False, tables
         )
-        dbv = [part.sum(0) if want else None for part, want in zip(dv.split(list(rows)), wanted[5])]
-        grads = [_grad_weights(g, y, rows, want) for g, want in zip((dq, dk, dv), wanted)]
-        grads += [*map(_each, sums[:2], wanted[3:5]), dbv, *map(_each, sums[2:], wanted[6:])]
-        return (
-            None,
-            None,
-            None,
-            None,
-            dx,
-            *_each((dshift, dscale), [tables] * 2),
-            *(g for group in grads for g in group),
-        )
+        dparameters: list[Tensor | None] = []
+        for i, biases in enumerate((dbq, dbk, dbv)):
+            kept = lows[i * n : (i + 1) * n]
+            dparameters += grad_parameters(grads[i], y, layers[i], rows, kept, low_grads[i], biases, wanted[i])
+        dnorms = [norm[i] if want_norms[0] else None for norm in dnorms for i in range(n)]
+        return *[None] * 5, dx, *_each((dshift, dscale), [tables] * 2), *dnorms, *dparameters
 
 
 def gated_mlp_in(
@@ -202,22 +187,21 @@ def gated_mlp_in(
     gate: Tensor,
     shift: Tensor,
     scale: Tensor,
-    out_weights: Streams,
-    out_biases: Streams,
-    in_weights: Streams,
+    out: Streams,
+    mlp_in: Streams,
     segments: Segments,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return x + gate * out(heads) [S, D], and the first matmul of the MLP on its modulated norm, without bias [S, F].
 
-    x [S, D]; heads [S, D] in the order of x; gate, shift, scale [M, D]; weights and biases one a stream.
+    x [S, D]; heads [S, D] in the order of x; gate, shift, scale [M, D]; layers one a stream.
     """
-    check_rows(segments, {"x": x, "heads": heads}, {"gate": gate, "shift": shift, "scale": scale}, out_biases)
-    _check_streams(segments, "out_weights", [out_weights], x, (x.shape[1], x.shape[1]))
-    _check_streams(segments, "out_biases", [out_biases], x, (x.shape[1],))
-    _check_streams(segments, "in_weights", [in_weights], x, (len(in_weights[0]), x.shape[1]))
+    check_rows(segments, {"x": x, "heads": heads}, {"gate": gate, "shift": shift, "scale": scale}, ())
+    check_linears("out", out, segments.streams, x, (x.shape[1], x.shape[1]))
+    check_linears("mlp_in", mlp_in, segments.streams, x, (len(mlp_in[0].weight), x.shape[1]))
+    tensors, scales = flat((out, [layer._replace(bias=None) for layer in mlp_in]))
     index = chunk_index(segments, norm_chunks)
-    return _GatedMlpIn.apply(segments, index, eps, x, heads, gate, shift, scale, *out_weights, *out_biases, *in_weights)
+    return _GatedMlpIn.apply(segments, index, eps, scales, x, heads, gate, shift, scale, *tensors)
 
 
 class _GatedMlpIn(torch.autograd.Function):
@@ -227,110 +211,112 @@ class _GatedMlpIn(torch.autograd.Function):
         segments: Segments,
         index: Index,
         eps: float,
+        scales: tuple[float, ...],
         x: Tensor,
         heads: Tensor,
         gate: Tensor,
         shift: Tensor,
         scale: Tensor,
-        *flat: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         n, rows = segments.streams, segments.stream_rows
-        out_w, out_b, in_w = _groups(flat, n)
-        h = _matmul(heads, out_w, rows)
-        x, y, mean, rstd = gated_norm_modulate_forward(x, h, out_b, gate, shift, scale, segments.of_row, n, eps)
-        ctx.segments, ctx.index = segments, index
-        ctx.save_for_backward(heads, h, x, mean, rstd, gate, shift, scale, *flat)
-        return x, _matmul(y, in_w, rows)
+        out, mlp_in = grouped(tensors, scales, n)
+        h, out_lows = product(heads, out, rows)
+        biases = biases_of(out)
+        x, y, mean, rstd = gated_norm_modulate_forward(x, h, biases, gate, shift, scale, segments.of_row, n, eps)
+        hidden, in_lows = product(y, mlp_in, rows)
+        ctx.segments, ctx.index, ctx.scales = segments, index, scales
+        ctx.save_for_backward(heads, h, x, mean, rstd, gate, shift, scale, *out_lows, *in_lows, *tensors)
+        return x, hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor, dhidden: Tensor) -> tuple[Tensor | None, ...]:
-        heads, h, x, mean, rstd, gate, shift, scale, *flat = ctx.saved_tensors
         segments = ctx.segments
         n, rows = segments.streams, segments.stream_rows
-        out_w, out_b, in_w = _groups(flat, n)
-        dy = _grad_x((dhidden,), (in_w,), rows)
-        want_out, want_bias, want_in = _groups(ctx.needs_input_grad[8:], n)
-        tables = any((*ctx.needs_input_grad[5:8], *want_bias))
+        heads, h, x, mean, rstd, gate, shift, scale, *rest = ctx.saved_tensors
+        out_lows, in_lows, tensors = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        out, mlp_in = grouped(tensors, ctx.scales, n)
+        needed = ctx.needs_input_grad[4:]
+        want_out, want_in = grouped(needed[5:], ctx.scales, n)
+        (_, want_bias), (again, _) = any_wanted(want_out), any_wanted(want_in)
+        tables = any(needed[2:5]) or want_bias
+        dy, in_low_grads = grad_input((dhidden,), (mlp_in,), rows)
+        biases = biases_of(out)
         dx, dh, dbiases, *dtables, y = gated_norm_modulate_backward(
-            dx, dy, x, h, out_b, mean, rstd, gate, shift, scale, *ctx.index, n, any(want_in), tables
+            dx, dy, x, h, biases, mean, rstd, gate, shift, scale, *ctx.index, n, again, tables
         )
-        din_w = _grad_weights(dhidden, y, rows, want_in)
-        dheads = _grad_x((dh,), (out_w,), rows)
-        dout_w = _grad_weights(dh, heads, rows, want_out)
-        return None, None, None, dx, dheads, *_each(dtables, [tables] * 3), *dout_w, *_each(dbiases, want_bias), *din_w
+        dheads, out_low_grads = grad_input((dh,), (out,), rows)
+        dout = grad_parameters(dh, heads, out, rows, out_lows, out_low_grads[0], dbiases, want_out)
+        din = grad_parameters(dhidden, y, mlp_in, rows, in_lows, in_low_grads[0], (), want_in)
+        return *[None] * 4, dx, dheads, *_each(dtables, [tables] * 3), *dout, *din
 
 
 def gated_mlp_out(
     x: Tensor,
     hidden: Tensor,
     gate: Tensor,
-    hidden_biases: Streams,
-    out_weights: Streams,
-    out_biases: Streams,
+    hidden_biases: Sequence[Tensor],
+    mlp_out: Streams,
     segments: Segments,
     form: str,
 ) -> Tensor:
-    """Return x + gate * out(GELU(hidden + bias)) [S, D].
+    """Return x + gate * mlp_out(GELU(hidden + bias)) [S, D].
 
-    x [S, D]; hidden [S, F]; gate [M, D]; weights and biases one a stream; form of the GELU: "tanh" or "sigmoid".
+    x [S, D]; hidden [S, F]; gate [M, D]; biases and layers one a stream; form of the GELU: "tanh" or "sigmoid".
     """
     if form not in FORMS:
         raise ValueError(f"form must be {' or '.join(FORMS)}, got {form!r}")
-    check_rows(segments, {"x": x}, {"gate": gate}, out_biases)
+    check_rows(segments, {"x": x}, {"gate": gate}, ())
     check_tensor("hidden", hidden, (len(x), len(hidden_biases[0])), (x.dtype,), x.device)
-    _check_streams(segments, "hidden_biases", [hidden_biases], x, (hidden.shape[1],))
-    _check_streams(segments, "out_weights", [out_weights], x, (x.shape[1], hidden.shape[1]))
-    _check_streams(segments, "out_biases", [out_biases], x, (x.shape[1],))
+    if len(hidden_biases) != segments.streams:
+        raise ValueError(f"hidden_biases must be {segments.streams}, one for each stream, got {len(hidden_biases)}")
+    for bias in hidden_biases:
+        check_tensor("hidden_biases", bias, (hidden.shape[1],), (x.dtype,), x.device)
+    check_linears("mlp_out", mlp_out, segments.streams, x, (x.shape[1], hidden.shape[1]))
     index = chunk_index(segments, residual_chunks)
-    return _GatedMlpOut.apply(segments, index, form, x, hidden, gate, *hidden_biases, *out_weights, *out_biases)
+    tensors, scales = flat((mlp_out,))
+    return _GatedMlpOut.apply(segments, index, form, scales, x, hidden, gate, *hidden_biases, *tensors)
 
 
 class _GatedMlpOut(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, segments: Segments, index: Index, form: str, x: Tensor, hidden: Tensor, gate: Tensor, *flat: Tensor
+        ctx: Any,
+        segments: Segments,
+        index: Index,
+        form: str,
+        scales: tuple[float, ...],
+        x: Tensor,
+        hidden: Tensor,
+        gate: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
         n, rows = segments.streams, segments.stream_rows
-        hidden_b, out_w, out_b = _groups(flat, n)
-        h = _matmul(gelu_forward(hidden, hidden_b, rows[0], form), out_w, rows)
-        ctx.segments, ctx.index, ctx.form = segments, index, form
-        ctx.save_for_backward(hidden, h, gate, *flat)
-        return gated_residual_forward(x, h, out_b, gate, segments.of_row, n)
+        (layers,) = grouped(tensors[n:], scales, n)
+        h, lows = product(gelu_forward(hidden, list(tensors[:n]), rows[0], form), layers, rows)
+        ctx.segments, ctx.index, ctx.form, ctx.scales = segments, index, form, scales
+        ctx.save_for_backward(hidden, h, gate, *lows, *tensors)
+        return gated_residual_forward(x, h, biases_of(layers), gate, segments.of_row, n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, h, gate, *flat = ctx.saved_tensors
         segments = ctx.segments
         n, rows = segments.streams, segments.stream_rows
-        hidden_b, out_w, out_b = _groups(flat, n)
-        want_hidden, want_out, want_bias = _groups(ctx.needs_input_grad[6:], n)
-        tables = any((ctx.needs_input_grad[5], *want_bias))
-        dh, dbiases, dgate = gated_residual_backward(dx, h, out_b, gate, *ctx.index, n, tables)
-        dact = _grad_x((dh,), (out_w,), rows)
-        dhidden, dhidden_b, act = gelu_backward(
-            dact, hidden, hidden_b, rows[0], ctx.form, any(want_out), any(want_hidden)
-        )
-        dout_w = _grad_weights(dh, act, rows, want_out)
-        return (
-            None, None, None, dx, dhidden, *_each((dgate,), [tables]),
-            *_each(dhidden_b, want_hidden), *dout_w, *_each(dbiases, want_bias),
-        )  # fmt: skip
-
-
-def _check_streams(
-    segments: Segments, name: str, groups: Sequence[Streams], like: Tensor, shape: Sequence[int]
-) -> None:
-    for group in groups:
-        if len(group) != segments.streams:
-            raise ValueError(f"{name} must be {segments.streams}, one for each stream, got {len(group)}")
-        for tensor in group:
-            check_tensor(name, tensor, shape, (like.dtype,), like.device)
-
-
-def _groups(flat: Sequence[Any], n: int) -> list[list[Any]]:
-    return [list(flat[i : i + n]) for i in range(0, len(flat), n)]
+        hidden, h, gate, *rest = ctx.saved_tensors
+        lows, hidden_biases, tensors = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        (layers,) = grouped(tensors, ctx.scales, n)
+        needed = ctx.needs_input_grad[4:]
+        want_hidden, (wanted,) = needed[3 : 3 + n], grouped(needed[3 + n :], ctx.scales, n)
+        again, want_bias = any_wanted(wanted)
+        tables = needed[2] or want_bias
+        biases = biases_of(layers)
+        dh, dbiases, dgate = gated_residual_backward(dx, h, biases, gate, *ctx.index, n, tables)
+        dact, low_grads = grad_input((dh,), (layers,), rows)
+        dhidden, dhidden_b, act = gelu_backward(dact, hidden, hidden_biases, rows[0], ctx.form, again, any(want_hidden))
+        dparameters = grad_parameters(dh, act, layers, rows, lows, low_grads[0], dbiases, wanted)
+        return *[None] * 4, dx, dhidden, *_each((dgate,), [tables]), *_each(dhidden_b, want_hidden), *dparameters
 
 
 def _each(grads: Sequence[Tensor] | Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:

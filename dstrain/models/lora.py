@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import sqrt
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.config import LoraConfig
 from dstrain.errors import ConfigError, did_you_mean
+from dstrain.kernels.linear import Linear
 from dstrain.models.base import DiT
 from dstrain.rng import Purpose, normal, uniform_at
 
@@ -61,6 +63,32 @@ def add_adapters(model: DiT, config: LoraConfig, layers: Sequence[str]) -> None:
         inject_adapter_in_model(settings, model)
     for name, p in model.named_parameters():
         p.requires_grad_(".lora_" in name)
+
+
+def as_linear(layer: nn.Module) -> Linear | None:
+    """The tensors of a Linear layer, or of one with one LoRA adapter in use, as fused functions take them.
+
+    None if the layer does more and must be called: dropout, DoRA, several adapters, or adapters off or merged.
+    """
+    if type(layer) is nn.Linear:
+        return Linear(layer.weight, layer.bias) if layer.bias is not None else None
+    if not (adapter := _only_adapter(layer)) or (base := as_linear(cast(nn.Module, layer.base_layer))) is None:
+        return None
+    down, up, scale = adapter
+    return base._replace(down=down, up=up, scale=scale) if down.dtype == base.weight.dtype else None
+
+
+def _only_adapter(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and the scale, where the layer is PEFT's and does W x + scale B A x."""
+    from peft.tuners.lora import Linear as PeftLinear
+
+    if type(layer) is not PeftLinear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    (name,) = layer.active_adapters
+    if name not in layer.lora_A or name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity:
+        return None
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    return (down.weight, up.weight, layer.scaling[name]) if up.bias is None else None
 
 
 def plain_name(name: str) -> str:

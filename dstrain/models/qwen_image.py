@@ -18,11 +18,13 @@ from dstrain.kernels.attention import packed_attention
 from dstrain.kernels.backend import choose
 from dstrain.kernels.dual_stream import Rotary, gated_mlp_in, gated_mlp_out, modulated_qkv, permute_rows
 from dstrain.kernels.gelu import gelu
+from dstrain.kernels.linear import Linear, biases_of
 from dstrain.kernels.modulation import gated_norm_modulate, gated_residual, norm_modulate
 from dstrain.kernels.qk_norm_rope import qk_norm_rope
 from dstrain.kernels.timestep import timestep_embedding
 from dstrain.models.activations import run_blocks
 from dstrain.models.base import DiT
+from dstrain.models.lora import as_linear
 from dstrain.models.packing import PackLayout
 
 Gelu = Literal["tanh", "sigmoid"]
@@ -213,24 +215,23 @@ class QwenImageBlock(nn.Module):
         rows: tuple[int, ...] = layout.stream_rows
         segments, behind = layout.segments, self._behind_attention()
         # With the matmuls inside what autograd sees, less is kept.
-        fused = choose(kernel, x.device) == "triton" and self._is_plain()
-        if fused:
-            qkv, norms = self.attn.projections, [[m.weight for m in pair] for pair in self.attn.norms]
-            q, k, v, x = modulated_qkv(x, shift1, scale1, weights(qkv), biases(qkv), norms, rotary, segments, EPS)
+        linears = self._linears() if choose(kernel, x.device) == "triton" else None
+        if linears:
+            norms = [[m.weight for m in pair] for pair in self.attn.norms]
+            q, k, v, x = modulated_qkv(x, shift1, scale1, linears[:3], norms, rotary, segments, EPS)
         else:
             q, k, v = self.attn(norm_modulate(x, shift1, scale1, segments, EPS, kernel), rotary, rows, kernel)
         heads = in_stream_order(packed_attention(q, k, v, layout).flatten(1), rotary)
         if self.last:
             x, heads, rows, segments = x[rows[0] :], heads[rows[0] :], rows[1:], layout.image_segments
             gate1, shift2, scale2, gate2 = (t[len(layout) :] for t in (gate1, shift2, scale2, gate2))
-        if fused:
-            (out_w, in_w, mlp_w), (out_b, in_b, mlp_b) = weights(behind), biases(behind)
-            x, hidden = gated_mlp_in(x, heads, gate1, shift2, scale2, out_w, out_b, in_w, segments, EPS)
-            return (gated_mlp_out(x, hidden, gate2, in_b, mlp_w, mlp_b, segments, self.gelu),)
-        out, mlp_in, mlp_out = behind
-        x, y = gated_norm_modulate(x, each(out, heads, rows), (), gate1, shift2, scale2, segments, EPS, kernel)
-        hidden = gelu(each(mlp_in, y, rows), (), rows, self.gelu, kernel)
-        return (gated_residual(x, each(mlp_out, hidden, rows), (), gate2, segments, kernel),)
+        if linears:
+            out, mlp_in, mlp_out = linears[3:]
+            x, hidden = gated_mlp_in(x, heads, gate1, shift2, scale2, out, mlp_in, segments, EPS)
+            return (gated_mlp_out(x, hidden, gate2, biases_of(mlp_in), mlp_out, segments, self.gelu),)
+        x, y = gated_norm_modulate(x, each(behind[0], heads, rows), (), gate1, shift2, scale2, segments, EPS, kernel)
+        hidden = gelu(each(behind[1], y, rows), (), rows, self.gelu, kernel)
+        return (gated_residual(x, each(behind[2], hidden, rows), (), gate2, segments, kernel),)
 
     def _behind_attention(self) -> tuple[Sequence[nn.Module], ...]:
         """The projection and the perceptron's two layers, for text and image; of the last block for image only."""
@@ -238,10 +239,12 @@ class QwenImageBlock(nn.Module):
         image = self.attn.to_out[0], *self.img_mlp.layers
         return tuple(pair[1:] if self.last else pair for pair in zip(text, image))
 
-    def _is_plain(self) -> bool:
-        """Whether all weights may be used directly: of plain layers, and all here while the block runs."""
-        groups = *self.attn.projections, *self._behind_attention()
-        return self.gathered and all(type(layer) is nn.Linear for group in groups for layer in group)
+    def _linears(self) -> list[list[Linear]] | None:
+        """Of q, k, v, and the layers behind attention, if all weights may be used directly and are here."""
+        if not self.gathered:
+            return None
+        groups = [[as_linear(m) for m in group] for group in (*self.attn.projections, *self._behind_attention())]
+        return None if any(layer is None for group in groups for layer in group) else cast(Any, groups)
 
 
 class JointAttention(nn.Module):
@@ -328,16 +331,6 @@ QwenImageDiT.block_class = QwenImageBlock
 def each(layers: Sequence[nn.Module], x: Tensor, rows: Sequence[int]) -> Tensor:
     """Call each stream's layer on its rows: [S, in] -> [S, out]."""
     return torch.cat([layer(part) for layer, part in zip(layers, x.split(list(rows)))])
-
-
-def weights(groups: Sequence[Sequence[nn.Module]]) -> list[list[Tensor]]:
-    """The weights of groups of Linear layers."""
-    return [[cast(nn.Linear, m).weight for m in group] for group in groups]
-
-
-def biases(groups: Sequence[Sequence[nn.Module]]) -> list[list[Tensor]]:
-    """The biases of groups of Linear layers."""
-    return [[cast(nn.Linear, m).bias for m in group] for group in groups]
 
 
 def in_joint_order(x: Tensor, rotary: Rotary) -> Tensor:

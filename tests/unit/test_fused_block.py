@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import DEVICES
+from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
 from torch.nn.functional import mse_loss
 
+from dstrain.config import LoraConfig
 from dstrain.kernels.dual_stream import Rotary, gated_mlp_in, gated_mlp_out, modulated_qkv
+from dstrain.kernels.linear import Linear
 from dstrain.kernels.segments import Segments
+from dstrain.models.lora import add_adapters, as_linear, target_layers
 from dstrain.models.packing import PackLayout
 from dstrain.models.qwen_image import QwenImageDiT, QwenImageParams
 
@@ -124,13 +130,81 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(trained, device):
     assert all(p.grad is None for p in dit.parameters() if not p.requires_grad)
 
 
+def adapted(device, dtype, std=0.1, **settings):
+    """The model with adapters, B not zero."""
+    dit = model(device, torch.float32)
+    torch.manual_seed(2)
+    config = LoraConfig(**({"rank": 3, "alpha": 6.0} | settings))
+    add_adapters(dit, config, target_layers(dit, config.targets))
+    for name, p in list(dit.named_parameters()):
+        if ".lora_" in name:  # they have no memory yet
+            layer, _, leaf = name.rpartition(".")
+            value = nn.Parameter(torch.empty(p.shape).normal_(std=std), p.requires_grad)
+            setattr(dit.get_submodule(layer), leaf, value)
+    return dit.to(device, dtype)
+
+
+@DEVICES
+@pytest.mark.parametrize("targets", [(), ("attn.to_k", "img_mlp.net.2"), ("*",)])
+@pytest.mark.parametrize("pack", ["one sample", "three samples"])
+def test_adapters_inside_the_pieces(pack, targets, device):
+    dit, batch = adapted(device, torch.float32, targets=list(targets)), case(pack, device, torch.float32)
+    want_loss, want = step(dit, "reference", *batch)
+    layers = [m for m in dit.modules() if isinstance(m, PeftLinear)]
+    called = []
+    for layer in layers:
+        layer.register_forward_hook(lambda m, *_: called.append(m))
+    loss, grads = step(dit, "triton", *batch)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    assert all("lora_" in name for name in grads if name != "embeds")
+    assert not {name: g for name in want if (g := gap(grads[name], want[name])) > 2e-5}
+    inside = ("attn.", "mlp.")
+    assert not [n for n, m in dit.named_modules() if m in called and any(part in n for part in inside)]
+
+
+@DEVICES
+def test_adapters_in_bf16_are_as_near_to_fp32_as_plain_pytorch_is(device):
+    dit = adapted(device, torch.bfloat16)
+    batch = case("three samples", device, torch.bfloat16)
+    latents, embeds, *rest = batch
+    _, want = step(deepcopy(dit).float(), "reference", latents, embeds.float(), *rest)
+    _, plain = step(dit, "reference", *batch)
+    _, fused = step(dit, "triton", *batch)
+    for name in want:
+        assert gap(fused[name], want[name]) < 2 * gap(plain[name], want[name]) + 2e-2, name
+
+
+@DEVICES
+@pytest.mark.parametrize("settings", [{"dora": True}, {"dropout": 0.5}, "two", "off", "fp32"])
+def test_adapters_that_do_more_are_called(settings, device):
+    dit = adapted(device, torch.float32, **(settings if isinstance(settings, dict) else {}))
+    layer = dit.transformer_blocks[0].attn.to_q
+    assert as_linear(dit.proj_out).down is None
+    if settings == "two":
+        layer.update_layer("other", 2, 2, config=PeftConfig(r=2))
+        layer.set_adapter(["default", "other"])
+    elif settings == "off":
+        layer.enable_adapters(False)
+    elif settings == "fp32":
+        layer.base_layer.bfloat16()
+    assert as_linear(layer) is None
+    if settings in ("two", "fp32"):
+        return
+    batch = case("three samples", device, torch.float32)
+    dit.eval()  # no dropout, which has a sequence of its own
+    want_loss, want = step(dit, "reference", *batch)
+    loss, grads = step(dit, "triton", *batch)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    assert not {name: g for name in want if want[name] is not None and (g := gap(grads[name], want[name])) > 2e-5}
+
+
 @DEVICES
 def test_layers_that_are_wrapped_are_called(device):
-    """As adapters are: then the pieces with matmuls inside step back, and the kernels between stay."""
+    """By whatever is not an adapter: then the pieces with matmuls inside step back, and the kernels between stay."""
     dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
     want_loss, want = step(dit, "reference", *batch)
 
-    class Wrapped(torch.nn.Module):
+    class Wrapped(nn.Module):
         def __init__(self, inner):
             super().__init__()
             self.inner, self.calls = inner, 0
@@ -181,26 +255,35 @@ class Piece:
 
         pairs = {"square": (8, 8), "wide": (16, 8), "tall": (8, 16), "bias": (8,), "wide_bias": (16,), "norm": (4,)}
         of = {name: [make(*shape), make(*shape)] for name, shape in pairs.items()}
+
+        def layers(weight, bias):
+            return [Linear(*pair) for pair in zip(of[weight], of[bias])]
+
+        square = [layer._replace(down=make(3, 8), up=make(8, 3), scale=2.0) for layer in layers("square", "bias")]
         segments, x = Segments((2, 3), "cpu", streams=2), make(5, 8)
         tables = {name: make(2, 8) for name in ("gate", "shift", "scale")}
         modulation = {name: tables[name] for name in ("shift", "scale")}
         shared = {"x": x, "segments": segments}
         self.qkv = shared | modulation | {
-            "weights": [of["square"]] * 3, "biases": [of["bias"]] * 3, "norms": [of["norm"]] * 2,
+            "layers": [square] * 3, "norms": [of["norm"]] * 2,
             "rotary": Rotary(torch.ones(5, 2), torch.zeros(5, 2)), "eps": 1e-6,
         }  # fmt: skip
         self.mlp_in = shared | tables | {
-            "heads": make(5, 8), "out_weights": of["square"], "out_biases": of["bias"], "in_weights": of["wide"],
-            "eps": 1e-6,
+            "heads": make(5, 8), "out": square, "mlp_in": layers("wide", "wide_bias"), "eps": 1e-6,
         }  # fmt: skip
         self.mlp_out = shared | {
             "hidden": make(5, 16), "gate": tables["gate"], "hidden_biases": of["wide_bias"],
-            "out_weights": of["tall"], "out_biases": of["bias"], "form": "tanh",
+            "mlp_out": layers("tall", "bias"), "form": "tanh",
         }  # fmt: skip
 
 
 CALLS = {"qkv": modulated_qkv, "mlp_in": gated_mlp_in, "mlp_out": gated_mlp_out}
 HALF = torch.float16
+
+
+def changed(change):
+    """All layers with other tensors."""
+    return lambda groups: [[m._replace(**change(m)) for m in group] for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -211,16 +294,22 @@ HALF = torch.float16
         ("qkv", "x", lambda x: x[1:], "x must have the 5 rows of its segments, got 4"),
         ("qkv", "shift", lambda x: x[:1], r"shift must have shape \[2, 8\], got \[1, 8\]"),
         ("qkv", "scale", lambda x: x.bfloat16(), "scale must be float32, got bfloat16"),
-        ("qkv", "weights", lambda x: [x[0], x[0][:1], x[0]], "weights must be 2, one for each stream, got 1"),
-        ("qkv", "biases", lambda x: [[], [], []], "biases must be 2, one for each stream, got 0"),
+        ("qkv", "layers", lambda x: [x[0], x[0][:1], x[0]], "layers must be 2, one for each stream, got 1"),
+        ("qkv", "layers", changed(lambda m: {"weight": m.weight[1:]}), r"weight of layers must have shape \[8, 8\]"),
+        ("qkv", "layers", changed(lambda m: {"bias": None}), "layers must have biases"),
+        ("qkv", "layers", changed(lambda m: {"up": None}), "layers must have both down and up of an adapter"),
+        ("qkv", "layers", changed(lambda m: {"up": m.up[:, :2]}), r"up of layers must have shape \[8, 3\]"),
+        ("qkv", "layers", changed(lambda m: {"down": m.down.to(HALF)}), "down of layers must be float32, got float16"),
+        ("qkv", "norms", lambda x: [x[0], x[0][:1]], "norms must be 2, one for each stream, got 1"),
         ("qkv", "norms", lambda x: [[w[:3] for w in pair] for pair in x], "norms must have an even width"),
         ("qkv", "rotary", lambda x: Rotary(x.cos[:4], x.sin), r"rotary.cos must have shape \[5, 2\], got \[4, 2\]"),
         ("qkv", "rotary", lambda x: Rotary(x.cos, x.sin, torch.zeros(5)), "rotary.places must be int64"),
         ("mlp_in", "heads", lambda x: x[:, :4], r"heads must have shape \[5, 8\], got \[5, 4\]"),
         ("mlp_in", "gate", lambda x: x[:, :4], r"gate must have shape \[2, 8\]"),
-        ("mlp_in", "in_weights", lambda x: [w[:, :4] for w in x], r"in_weights must have shape \[16, 8\]"),
+        ("mlp_in", "mlp_in", lambda x: [m._replace(weight=m.weight[:, :4]) for m in x], "weight of mlp_in must have"),
         ("mlp_out", "hidden", lambda x: x[:, :9], r"hidden must have shape \[5, 16\], got \[5, 9\]"),
-        ("mlp_out", "out_weights", lambda x: [w.t() for w in x], r"out_weights must have shape \[8, 16\]"),
+        ("mlp_out", "hidden_biases", lambda x: x[:1], "hidden_biases must be 2, one for each stream, got 1"),
+        ("mlp_out", "mlp_out", lambda x: [m._replace(weight=m.weight.t()) for m in x], "weight of mlp_out must have"),
         ("mlp_out", "form", lambda x: "tnah", "form must be tanh or sigmoid, got 'tnah'"),
     ],
 )

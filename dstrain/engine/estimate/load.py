@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dstrain.models.base import DiT
+from dstrain.models.lora import as_linear
 from dstrain.models.packing import PackLayout
 from dstrain.models.storage import SCALE
 
@@ -29,7 +30,7 @@ class Load:
     # (elements of a tensor; all elements in such tensors that are kept as the ds_config says; bytes of the others)
     sizes: tuple[tuple[int, int, int], ...] = ()
     encoder_bytes: float = 0.0  # of VAE and text encoder
-    adapted: bool = False  # whether layers of the blocks are wrapped: by adapters, or kept in few bits
+    called: bool = False  # whether layers of the blocks are called, not used inside fused pieces
     samples: int = 1  # of a pack
     tokens: int = 0  # of a pack
     flops: int = 0  # of one forward over a pack
@@ -93,12 +94,18 @@ def load_of(model: DiT, samples: Sequence[tuple[int, int]], *, encoder_bytes: fl
         tensors=len(named),
         sizes=tuple((size, plain[size], low[size]) for size in sorted(plain)),
         encoder_bytes=encoder_bytes,
-        adapted=any("lora_" in name for name, _ in named) or stored > 0,
+        called=any(map(_is_called, blocks)),
         samples=len(samples),
         tokens=sum(image + text for image, text in samples),
         flops=model.forward_flops(_layout(samples, 1)),
         attention_flops=sum(_quadratic(model, sample) for sample in samples),
     )
+
+
+def _is_called(block: nn.Module) -> bool:
+    """Whether a layer does more than fused pieces do: its weight is kept in few bits, its adapter has dropout, .."""
+    layers = (m for name, m in block.named_modules() if ".lora_" not in name)
+    return any(as_linear(m) is None for m in layers if isinstance(m, nn.Linear) or hasattr(m, "base_layer"))
 
 
 def _layout(samples: Sequence[tuple[int, int]], scale: int) -> PackLayout:

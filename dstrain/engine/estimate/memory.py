@@ -14,11 +14,11 @@ from dstrain.engine.estimate.machine import Machine
 from dstrain.engine.estimate.plan import Plan
 
 # Bytes for a token and unit of width in bf16, counted over the Qwen-Image block with its kernels
-# (benchmarks/block_traffic.py): kept for the backward without checkpointing, the same with adapters on its layers, with
+# (benchmarks/block_traffic.py): kept for the backward without checkpointing, the same where its layers are called, with
 # its inputs alone, with the attention's result besides; what several samples add, whose rows attention wants in another
 # order; taken by what is passing in a backward (the perceptron's hidden rows, thrice); kept by what comes before and
 # behind the blocks.
-BLOCK, ADAPTED, INPUTS, ATTENTION, REORDERED, BACKWARD, ENDS = 26.1, 34.4, 2.0, 4.03, 2.0, 24.0, 4.4
+BLOCK, CALLED, INPUTS, ATTENTION, REORDERED, BACKWARD, ENDS = 26.1, 34.4, 2.0, 4.03, 2.0, 24.0, 4.4
 PIECE = 10 / 36  # of a block's matrices: those whose gradients come out of one piece of it together
 
 STATES = ("weights", "gradients", "master weights", "optimizer", "EMA")  # there from step to step, in this order
@@ -107,7 +107,7 @@ def _activations(plan: Plan, load: Load) -> tuple[float, float]:
     policies = [plan.choice.activations[i % len(plan.choice.activations)] for i in range(load.depth)]
     policies[-1] = "full" if policies[-1] == "offload" else policies[-1]
     away = policies.count("offload")
-    block = (ADAPTED if load.adapted else BLOCK) + (REORDERED if load.samples > 1 else 0.0)
+    block = (CALLED if load.called else BLOCK) + (REORDERED if load.samples > 1 else 0.0)
     keeps = {"none": block, "attention": ATTENTION, "full": INPUTS, "offload": 0.0}
     kept = list(accumulate(keeps[policy] for policy in policies))  # when the backward of block i begins
     live = [k + (0.0 if policy == "none" else block) for k, policy in zip(kept, policies)]
