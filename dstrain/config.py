@@ -34,7 +34,8 @@ class ModelConfig:
     )
     kernel: Literal["auto", "reference", "triton", "compile"] = knob(
         "auto",
-        "what runs between the matmuls: auto = Triton on GPUs, plain PyTorch elsewhere; compile = torch.compile of it",
+        "what runs between the matmuls: auto = Triton on GPUs, plain PyTorch elsewhere; compile = torch.compile of"
+        " it (but not in blocks whose activations are `attention`)",
     )
     encoders: Literal["resident", "offload"] = knob(
         "resident", "where VAE and text encoder stay between uses: on the device, or in host memory"

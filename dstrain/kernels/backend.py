@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
     import triton
@@ -58,8 +59,20 @@ def choose(mode: str, device: torch.device) -> str:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` of a reference, for any sizes; one for the process, since a compilation takes seconds."""
-    return torch.compile(function, dynamic=True)
+    """`torch.compile` of a reference, for any sizes; one for the process, since a compilation takes seconds.
+
+    A forward that is recomputed for its backward must get the same graph again. So graphs are tried in the order they
+    were made (pytorch/pytorch#166926); and under a dispatch mode, where nothing is compiled, no graph is taken that
+    others have made: the reference runs as it is.
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    getattr(eval_frame, "_set_lru_cache", lambda on: None)(False)  # since torch 2.10
+    graph = torch.compile(function, dynamic=True)
+
+    def run(*args: Any) -> Any:
+        return (function if is_in_torch_dispatch_mode() else graph)(*args)
+
+    return run
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

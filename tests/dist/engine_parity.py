@@ -50,10 +50,16 @@ PATTERNS = {"blocks": ["transformer_blocks.*", "!*_mod.*"]}
 
 
 def make(what: str = "full", params: QwenImageParams = PARAMS) -> QwenImageDiT:
-    """The model as `what` trains it; "lora triton" is "lora" with the kernels, interpreted."""
+    """The model as `what` trains it; "lora triton" is "lora" with the kernels, interpreted.
+
+    With "compiled" behind that the rest goes through torch.compile, that is through Dynamo and AOTAutograd.
+    """
     model = QwenImageDiT(params)
-    what, _, kernel = what.partition(" ")
+    what, kernel, compiled = (*what.split(), "", "")[:3]
     model.kernel = kernel or "reference"
+    if compiled:
+        for module in (model.time_text_embed, model.img_in, model.txt_in, model.norm_out, model.proj_out):
+            module.compile(backend="aot_eager")
     model.activations = ("full", "none", "attention")
     choose_trained(model, PATTERNS.get(what, ["*"]), LORAS.get(what, LORAS["full"]))
     return model

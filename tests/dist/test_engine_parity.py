@@ -31,8 +31,10 @@ def cases(stages, *what):
         (2, ["full"], 6, list(STAGES)),
         (2, ["lora", "dora", "blocks"], 4, ["zero2", "zero3_offload"]),
         (4, ["full"], 4, ["zero3_offload"]),
-        (2, ["full triton"], 2, ["zero3_offload"]),
+        (2, ["full triton", "lora triton"], 2, ["zero3_offload"]),
+        (2, ["full triton compiled"], 2, ["zero3_offload"]),
         (1, ["full triton"], 1, ["layers"]),
+        pytest.param(2, ["full compile"], 4, ["zero3_offload"], marks=pytest.mark.soak),
         pytest.param(2, ["full triton", "lora triton"], 4, ["zero2", "zero3", "zero3_offload"], marks=pytest.mark.soak),
         pytest.param(1, ["full", "lora"], 6, list(STAGES), marks=pytest.mark.soak),
         pytest.param(2, ["full", "lora", "dora", "blocks"], 20, list(STAGES), marks=pytest.mark.soak),
@@ -42,7 +44,8 @@ def cases(stages, *what):
 def test_every_stage_follows_plain_pytorch(tmp_path, world, what, steps, stages):
     configs = cases(stages, *what)
     micros = [1, 3, 2, 1, 4, 1, 2, 1, 1, 2, 1, 1, 3, 1, 1, 2, 1, 1, 1, 2][:steps]
-    results = run_ranks(world, "engine_parity:parity", tmp_path, configs, micros)
+    fresh = any("compile" in w for w in what)  # processes that are forked have the compiler switched off
+    results = run_ranks(world, "engine_parity:parity", tmp_path, configs, micros, fresh=fresh)
     for name in configs:
         *rows, (gap,) = results[0][name]
         for step, (ours, loss, norm, want_norm) in enumerate(rows):

@@ -2,6 +2,7 @@
 
 import importlib.util
 from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from dstrain.config import LoraConfig
+from dstrain.kernels import gelu, modulation, qk_norm_rope
+from dstrain.kernels.backend import compiled
 from dstrain.kernels.dual_stream import Rotary, gated_mlp_in, gated_mlp_out, modulated_qkv
 from dstrain.kernels.linear import Linear
 from dstrain.kernels.segments import Segments
@@ -113,6 +116,31 @@ def test_recomputation_changes_no_bit(activations, device):
     loss, grads = step(dit, "triton", *batch)
     assert torch.equal(loss, want_loss)
     assert all(torch.equal(grads[name], want[name]) for name in want)
+
+
+def test_the_model_goes_through_torch_compile_in_one_graph():
+    dit, batch = model("cpu", torch.float32), case("one sample", "cpu", torch.float32)
+    want_loss, want = step(dit, "triton", *batch)
+    dit.compile(backend="aot_eager", fullgraph=True)
+    loss, grads = step(dit, "triton", *batch)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    assert not {name: g for name in want if (g := gap(grads[name], want[name])) > 2e-5}
+
+
+def test_recomputation_gets_the_graphs_that_its_forward_had(monkeypatch):
+    """Of compiled references several graphs fit a call, and blocks that keep attention run none."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for module in (modulation, qk_norm_rope, gelu):
+        monkeypatch.setattr(module, "compiled", cache(compiled.__wrapped__))
+    dit = model("cpu", torch.float32)
+    for pack in ("one sample", "three samples"):
+        batch = case(pack, "cpu", torch.float32)
+        want_loss, want = step(dit, "reference", *batch)
+        dit.activations = ("full", "attention")
+        loss, grads = step(dit, "compile", *batch)
+        torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+        assert not {name: g for name in want if (g := gap(grads[name], want[name])) > 2e-5}
 
 
 @DEVICES
