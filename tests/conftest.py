@@ -16,3 +16,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files are dealt to the workers of pytest-xdist; all that start ranks are one piece, which is begun first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/dist" if nodeid.startswith("tests/dist/") else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # else pieces of the most tests come first
+    return Scheduling(config, log)

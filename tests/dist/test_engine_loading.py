@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.dist,
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"),
 ]
+MODULES = 8 << 20  # bytes of Python modules that are first used in between
 
 
 @pytest.fixture(scope="module")
@@ -38,4 +39,4 @@ def test_a_rank_reads_and_holds_its_share(tmp_path, checkpoint, world, offload):
         assert result["wrong"] == 0
         assert result["read"] <= 1.02 * total / world
         assert result["read"] >= 0.98 * total / world
-        assert result["peak"] <= total / world + block
+        assert result["peak"] <= total / world + block + MODULES
