@@ -2,6 +2,7 @@
 
 import importlib.util
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,13 +31,14 @@ PARAMS = QwenImageParams(
 PACKS = {
     "one sample": ([[(1, 3, 5)]], [4]),
     "one token each": ([[(1, 1, 1)]], [1]),
+    "two small samples": ([[(1, 1, 2)], [(1, 2, 1)]], [1, 2]),
     "three samples": ([[(1, 3, 5)], [(1, 1, 1)], [(1, 2, 4), (1, 2, 2)]], [4, 7, 1]),
 }
 
 
-def model(device, dtype, seed=0):
+def model(device, dtype, seed=0, layers=2):
     torch.manual_seed(seed)
-    dit = QwenImageDiT(PARAMS)
+    dit = QwenImageDiT(replace(PARAMS, num_layers=layers))
     for p in dit.parameters():  # no gate or bias is zero, so no branch hides
         torch.nn.init.normal_(p, std=0.1)
     return dit.to(device, dtype)
@@ -93,24 +95,27 @@ def test_bf16_is_as_near_to_fp32_as_plain_pytorch_is(device):
 
 
 @DEVICES
-@pytest.mark.parametrize("steps", [5, pytest.param(50, marks=pytest.mark.soak)])
-def test_a_training_agrees(device, steps):
+@pytest.mark.parametrize(
+    ("pack", "layers"), [("two small samples", 1), pytest.param("three samples", 2, marks=pytest.mark.soak)]
+)
+def test_fifty_steps_of_training_agree(device, pack, layers):
+    """To 2e-3 of the loss: AdamW makes whole steps of gradients that are nearly zero."""
     losses = {}
     for kernel in ("reference", "triton"):
-        dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
+        dit, batch = model(device, torch.float32, layers=layers), case(pack, device, torch.float32)
         optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-3)
         losses[kernel] = []
-        for _ in range(steps):
+        for _ in range(50):
             losses[kernel].append(step(dit, kernel, *batch)[0].item())
             optimizer.step()
     assert losses["triton"] == pytest.approx(losses["reference"], rel=2e-3)
-    assert losses["triton"][-1] < losses["triton"][0] * (0.7 if steps == 50 else 1)
+    assert losses["triton"][-1] < 0.7 * losses["triton"][0]
 
 
 @DEVICES
 @pytest.mark.parametrize("activations", ["full", "attention", "offload"])
 def test_recomputation_changes_no_bit(activations, device):
-    dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
+    dit, batch = model(device, torch.float32), case("two small samples", device, torch.float32)
     want_loss, want = step(dit, "triton", *batch)
     dit.activations = (activations,)
     loss, grads = step(dit, "triton", *batch)
@@ -146,7 +151,7 @@ def test_recomputation_gets_the_graphs_that_its_forward_had(monkeypatch):
 @DEVICES
 @pytest.mark.parametrize("trained", ["attn.to_", "img_mlp", "norm_", "_mod.", ".bias", "net.2.weight"])
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other(trained, device):
-    dit, batch = model(device, torch.float32), case("three samples", device, torch.float32)
+    dit, batch = model(device, torch.float32), case("two small samples", device, torch.float32)
     _, want = step(dit, "triton", *batch)
     for name, p in dit.named_parameters():
         p.requires_grad_(trained in name)
