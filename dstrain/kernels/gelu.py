@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dstrain.kernels.backend import FLOATS, check_tensor, choose, compiled, jit, on_device, tl, triton
+from dstrain.kernels.stream_chunks import stream_chunk
 
 FORMS = ("tanh", "sigmoid")
 SUM_ROWS = 16  # partial sums that a program of the second launch reads at once
@@ -61,15 +62,6 @@ def _gelu(x, TANH: tl.constexpr):
 
 
 @jit
-def _chunk(chunk, first, rows, size):
-    """The first row and the end of a chunk of at most `size` rows, and whether it lies in the second stream."""
-    before = tl.cdiv(first, size)
-    second = chunk >= before
-    start = tl.where(second, first + (chunk - before) * size, chunk * size)
-    return start, tl.minimum(start + size, tl.where(second, rows, first)), second
-
-
-@jit
 def _bias(bias0_ptr, bias1_ptr, second, columns, F: tl.constexpr):
     if second:
         bias = tl.load(bias1_ptr + columns, mask=columns < F, other=0.0).to(tl.float32)
@@ -94,7 +86,7 @@ def _forward_kernel(
 ):
     TILES: tl.constexpr = (F + B - 1) // B
     pid = tl.program_id(0)
-    start, end, second = _chunk(pid // TILES, first, rows, R)
+    start, end, second = stream_chunk(pid // TILES, first, rows, R)
     columns = pid % TILES * B + tl.arange(0, B)
     row = start + tl.arange(0, R)
     mask = (row < end)[:, None] & (columns < F)[None, :]
@@ -129,7 +121,7 @@ def _backward_kernel(
     """dh of a chunk of rows in B columns, its sum over the rows, and `act` again."""
     TILES: tl.constexpr = (F + B - 1) // B
     pid = tl.program_id(0)
-    start, end, second = _chunk(pid // TILES, first, rows, size)
+    start, end, second = stream_chunk(pid // TILES, first, rows, size)
     columns = pid % TILES * B + tl.arange(0, B)
     total = tl.zeros((R, B), tl.float32)
     if BIAS:

@@ -3,19 +3,11 @@
 # mypy: allow-untyped-defs
 
 from dstrain.kernels.backend import jit, tl
+from dstrain.kernels.stream_chunks import stream_chunk
 
 SMALLEST = 2.0**-20  # the least that a weight counts
 # A kernel sees no globals but constants of this type.
 FLOOR = tl.constexpr(SMALLEST)
-
-
-@jit
-def _chunk(chunk, first, rows, size):
-    """First row of a chunk of at most `size` rows, its rows, and whether it lies in the second stream."""
-    before = tl.cdiv(first, size)
-    second = chunk >= before
-    start = tl.where(second, first + (chunk - before) * size, chunk * size)
-    return start.to(tl.int64), tl.minimum(size, tl.where(second, rows, first) - start), second
 
 
 @jit
@@ -101,7 +93,7 @@ def forward_kernel(
     """HB heads of a chunk of rows, of q and of k: they share the table."""
     GROUPS: tl.constexpr = (H + HB - 1) // HB
     pid = tl.program_id(0)
-    start, count, second = _chunk(pid // GROUPS, first, rows, size)
+    start, end, second = stream_chunk(pid // GROUPS, first, rows, size)
     heads, columns = pid % GROUPS * HB + tl.arange(0, HB), tl.arange(0, DP)
     pairs = tl.arange(0, DP // 2)
     mask = _tile_mask(heads, columns, True, H, D)
@@ -111,8 +103,8 @@ def forward_kernel(
     if BIAS:
         qb_even, qb_odd = _pairs(tl.where(second, q_bias1_ptr, q_bias0_ptr) + tile, mask, HB, DP)
         kb_even, kb_odd = _pairs(tl.where(second, k_bias1_ptr, k_bias0_ptr) + tile, mask, HB, DP)
-    for i in range(0, count):
-        row = start + i
+    for i in range(0, end - start):
+        row = start.to(tl.int64) + i
         place, inside = _place(places_ptr, row, rows, PLACES)
         cos, sin = _table(cos_ptr, sin_ptr, place, inside, pairs, D)
         q_even, q_odd = _pairs(q_ptr + row * (H * D) + tile, mask, HB, DP)
@@ -172,7 +164,7 @@ def backward_kernel(
     weight0_ptr = tl.where(of_k, k_weight0_ptr, q_weight0_ptr)
     weight1_ptr = tl.where(of_k, k_weight1_ptr, q_weight1_ptr)
 
-    start, count, second = _chunk(chunk, first, rows, size)
+    start, end, second = stream_chunk(chunk, first, rows, size)
     heads, columns = group * HB + tl.arange(0, HB), tl.arange(0, DP)
     pairs = tl.arange(0, DP // 2)
     mask = _tile_mask(heads, columns, True, H, D)
@@ -183,8 +175,8 @@ def backward_kernel(
     inverse_even, inverse_odd = w_even / (w_even * w_even + noise), w_odd / (w_odd * w_odd + noise)
     b_even, b_odd = tl.zeros((HB, DP // 2), tl.float32), tl.zeros((HB, DP // 2), tl.float32)
     s_even, s_odd = tl.zeros((HB, DP // 2), tl.float32), tl.zeros((HB, DP // 2), tl.float32)
-    for i in range(0, count):
-        row = start + i
+    for i in range(0, end - start):
+        row = start.to(tl.int64) + i
         place, inside = _place(places_ptr, row, rows, PLACES)
         cos, sin = _table(cos_ptr, sin_ptr, place, inside, pairs, D)
         there = _tile_mask(heads, columns, inside, H, D)
