@@ -333,6 +333,17 @@ def test_encoders():
     assert absent.device < away.device < resident.device  # they come when the activations are gone
 
 
+@pytest.mark.parametrize(
+    ("lora", "called"),
+    [({}, False), ({"rank": 4}, False), ({"rank": 4, "dora": True}, True), ({"rank": 4, "dropout": 0.1}, True)],
+)
+def test_layers_that_must_be_called_keep_more(lora, called):
+    with torch.device("meta"):
+        model = QwenImageDiT(QwenImageParams(num_layers=2))
+    choose_trained(model, ["*"], LoraConfig(**lora))
+    assert load_of(model, [(4096, 512)]).called == called
+
+
 @pytest.mark.parametrize(("base", "size"), [("bf16", 2.0), ("int8", 1.0), ("fp8", 1.0), ("nf4", 0.5)])
 def test_lora_on_a_base_in_fewer_bits(base, size):
     if base == "nf4":
@@ -344,6 +355,7 @@ def test_lora_on_a_base_in_fewer_bits(base, size):
     load = load_of(model, [(4096, 512)])
     assert load.parameters - load.trained == whole
     assert load.trained < 0.02 * whole
+    assert load.called == (base != "bf16")
     if base != "bf16":
         assert load.stored / load.stored_elements == pytest.approx(size + 2 / 64)
         assert load.stored_elements > 0.5 * whole
