@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name.startswith("test_engine_"))  # last: see below
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -20,12 +21,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Files are dealt to the workers of pytest-xdist; all that start ranks are one piece, which is begun first."""
+    """Files are dealt to the workers of pytest-xdist in the order of `items`.
+
+    All that start whole runs, whose ranks watch each other's time, are one piece, which is begun first. Files of the
+    engine, whose ranks do not, fill the end.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "tests/dist" if nodeid.startswith("tests/dist/") else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return "runs" if file.startswith("tests/dist/") and "/test_engine_" not in file else file
 
     config.option.loadscopereorder = False  # else pieces of the most tests come first
     return Scheduling(config, log)

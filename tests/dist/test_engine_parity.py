@@ -32,7 +32,7 @@ def cases(stages, *what):
         (2, ["lora", "dora", "blocks"], 4, ["zero2", "zero3_offload"]),
         (4, ["full"], 4, ["zero3_offload"]),
         (2, ["full triton", "lora triton"], 2, ["zero3_offload"]),
-        (2, ["full triton compiled"], 2, ["zero3_offload"]),
+        (2, ["full triton compiled"], 1, ["zero3_offload"]),
         (1, ["full triton"], 1, ["layers"]),
         pytest.param(2, ["full compile"], 4, ["zero3_offload"], marks=pytest.mark.soak),
         pytest.param(2, ["full triton", "lora triton"], 4, ["zero2", "zero3", "zero3_offload"], marks=pytest.mark.soak),
