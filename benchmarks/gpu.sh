@@ -12,7 +12,7 @@ mkdir -p "$out"
 python -m pytest -m gpu tests
 
 name="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '__')"
-python benchmarks/kernels.py --out "$out/$name-kernels.json" --plot "$out/$name-kernels.png"
+python benchmarks/fused_kernels.py --out "$out/$name-kernels.json" --plot "$out/$name-kernels.png"
 step() { # name of the figure, ds_config, arguments
     deepspeed --num_accelerators 1 benchmarks/train_step.py --ds_config "ds_configs/$2.json" \
         --out "$out/$name-$1.json" "${@:3}"

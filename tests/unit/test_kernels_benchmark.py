@@ -23,11 +23,11 @@ def bench():
     """The script as a module; its folder is on the path meanwhile."""
     sys.path.insert(0, str(FOLDER))
     loaded = {}
-    for name in ("kernels", "block_traffic"):
+    for name in ("fused_kernels", "block_traffic"):
         spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         loaded[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded[name])
-    module = loaded["kernels"]
+    module = loaded["fused_kernels"]
     module.traffic = loaded["block_traffic"]
     from fused import cases, operations, report, timing
 

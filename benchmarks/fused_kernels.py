@@ -1,8 +1,8 @@
 """Check and time every fused operation, forward and backward, and a whole Qwen-Image block, on one NVIDIA GPU.
 
-    python benchmarks/kernels.py --out kernels.json --plot kernels.png
-    python benchmarks/kernels.py --quick    # a smoke run
-    python benchmarks/kernels.py --check    # without timing; off the GPU in Triton's interpreter, at small sizes
+    python benchmarks/fused_kernels.py --out kernels.json --plot kernels.png
+    python benchmarks/fused_kernels.py --quick    # a smoke run
+    python benchmarks/fused_kernels.py --check    # without timing; off the GPU in Triton's interpreter, at small sizes
 
 Each operation runs with dstrain's Triton kernels, as eager bf16 code that a user writes (as in diffusers), as
 torch.compile of that, and with Liger's kernel where one does the same. What is timed was compared before, at that size,
@@ -14,6 +14,7 @@ that a large copy has on the same device in the same run. Sizes that memory or t
 and the result says so. Compilers start with empty caches, so that the first call's seconds are those of a new machine.
 """
 
+# Not named kernels.py: beside a script of that name transformers takes it for the Hub's package.
 # ruff: noqa: E402
 import argparse
 import os
