@@ -9,4 +9,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export DSTRAIN_EXTRAS="test"
 source launch/setup.sh
 
-exec python -m pytest -m "not slurm and not soak" -n auto --maxprocesses 4 "$@"
+exec python -m pytest -m "not slurm and not soak" -n logical --maxprocesses 4 "$@"

@@ -225,7 +225,7 @@ def test_run_passes_arguments_to_pytest_and_its_exit_code_on(machine: Machine, c
     with_environment(machine)
     done = machine.run(str(machine.repo / "tests/run.sh"), "-k", "plan", cwd=machine.bin, PYTHON_FAILS=str(code))
     assert done.returncode == code
-    assert machine.called() == ["python -m pytest -m not slurm and not soak -n auto --maxprocesses 4 -k plan"]
+    assert machine.called() == ["python -m pytest -m not slurm and not soak -n logical --maxprocesses 4 -k plan"]
 
 
 @pytest.mark.parametrize(("ruff", "tests", "code"), [(0, 0, 0), (1, 0, 1), (0, 5, 5), (1, 5, 5)])
@@ -239,7 +239,7 @@ def test_ci_runs_everything_and_fails_if_anything_does(machine: Machine, ruff: i
         "ruff format --check .",
         "ruff check .",
         "mypy ",
-        "python -m pytest -m not slurm and not soak -n auto --maxprocesses 4",
+        "python -m pytest -m not slurm and not soak -n logical --maxprocesses 4",
     ]
     assert ("FAILED: ruff check ." in done.stdout) == bool(ruff)
 
